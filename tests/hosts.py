@@ -1,0 +1,295 @@
+"""Tiny random checkpoints of every supported host: the stock class, the stock processor, a real tokenizer, no download.
+
+A row of `HOSTS` is what the host tests sweep. Pictures and prompts are made from seeds; nothing here knows the library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    BatchFeature,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessorPil,
+    LlavaNextProcessor,
+    LlavaProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    ProcessorMixin,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2VLImageProcessorPil,
+    SiglipImageProcessorPil,
+    SiglipVisionConfig,
+)
+
+PATCH = 14
+PAD, BOS, EOS = "<pad>", "<s>", "</s>"
+SENTENCES = (
+    "What is left of the red circle?",
+    "How many blue squares are in the picture?",
+    "Is there a small green triangle? Answer yes or no.",
+    "Describe what both pictures have in common.",
+)
+
+
+@dataclass(frozen=True)
+class Host:
+    """One row of the host tests.
+
+    Args:
+        name: Id of the row.
+        build: Makes the model, random but always the same.
+        build_processor: Makes the stock processor that belongs to it.
+        image_mark: What stands for an image in a prompt.
+        has_cls: Whether the tower has a CLS token.
+    """
+
+    name: str
+    build: Callable[[], PreTrainedModel]
+    build_processor: Callable[[], ProcessorMixin]
+    image_mark: str = "<image>"
+    has_cls: bool = True
+
+    def model(self) -> PreTrainedModel:
+        """A fresh copy of the model, in eval mode."""
+        return deepcopy(_built(self))
+
+    @property
+    def processor(self) -> ProcessorMixin:
+        """The stock processor."""
+        return _processor(self)
+
+    def inputs(self, *rows: tuple[str, Sequence[Image.Image]], **kwargs) -> BatchFeature:
+        """What the stock processor makes of prompts with their images; ``{}`` in a prompt stands for an image."""
+        images = [image for _, row in rows for image in row]
+        text = [prompt.replace("{}", self.image_mark) for prompt, _ in rows]
+        return self.processor(images=images or None, text=text, padding=True, return_tensors="pt", **kwargs)
+
+    def save(self, folder: Path) -> Path:
+        """Write model, tokenizer and image processor into ``folder`` as a checkpoint on the hub has them."""
+        self.model().save_pretrained(folder)
+        if type(self.processor) is _ImagesOnlyProcessor:
+            self.processor.tokenizer.save_pretrained(folder)
+            self.processor.image_processor.save_pretrained(folder)
+        else:
+            self.processor.save_pretrained(folder)
+        return folder
+
+
+@cache
+def _built(host: Host) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = host.build().eval()
+    for name, parameter in model.named_parameters():
+        # Twice the usual spread: attention is far from uniform, and greedy choices are clear of rounding.
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=2 / parameter[0].numel() ** 0.5)
+        elif name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+@cache
+def _processor(host: Host) -> ProcessorMixin:
+    return host.build_processor()
+
+
+def picture(seed: int, width: int = 84, height: int = 84) -> Image.Image:
+    """Random colours in blocks of 7 x 7 pixels."""
+    shape = (-(-height // 7), -(-width // 7), 3)
+    blocks = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+    return Image.fromarray(blocks.repeat(7, axis=0).repeat(7, axis=1)[:height, :width])
+
+
+def _tokenizer(special: list[str], *, with_bos: bool) -> PreTrainedTokenizerFast:
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = [PAD, BOS, EOS, *special]
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, initial_alphabet=alphabet, special_tokens=special, show_progress=False
+    )
+    core.train_from_iterator(SENTENCES, trainer)
+    if with_bos:
+        core.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token=PAD, bos_token=BOS, eos_token=EOS, padding_side="left"
+    )
+
+
+@cache
+def _llava_tokenizer() -> PreTrainedTokenizerFast:
+    return _tokenizer(["<image>"], with_bos=True)
+
+
+@cache
+def _qwen_tokenizer() -> PreTrainedTokenizerFast:
+    return _tokenizer(["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"], with_bos=False)
+
+
+def _ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+    return {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+
+
+def _llama() -> LlamaConfig:
+    return LlamaConfig(
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        **_ids(_llava_tokenizer()),
+    )
+
+
+def _tower_size(image_size: int) -> dict[str, int]:
+    return {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 4,
+        "image_size": image_size,
+        "patch_size": PATCH,
+    }
+
+
+def _llava(tower: CLIPVisionConfig | SiglipVisionConfig, layer: int | list[int], strategy: str) -> PreTrainedModel:
+    config = LlavaConfig(
+        vision_config=tower,
+        text_config=_llama(),
+        image_token_index=_llava_tokenizer().convert_tokens_to_ids("<image>"),
+        vision_feature_layer=layer,
+        vision_feature_select_strategy=strategy,
+    )
+    return LlavaForConditionalGeneration(config)
+
+
+def _llava_processor(*, cls: bool, strategy: str) -> ProcessorMixin:
+    size = {"height": 84, "width": 84}
+    if cls:
+        image_processor = CLIPImageProcessorPil(size={"shortest_edge": 84}, crop_size=size)
+    else:
+        image_processor = SiglipImageProcessorPil(size=size)
+    return LlavaProcessor(
+        image_processor,
+        _llava_tokenizer(),
+        patch_size=PATCH,
+        vision_feature_select_strategy=strategy,
+        num_additional_image_tokens=int(cls),
+    )
+
+
+PINPOINTS = [[56, 112], [112, 56], [112, 112], [56, 168]]  # (height, width), of tiles of 56 x 56 pixels
+
+
+def _llava_next() -> PreTrainedModel:
+    config = LlavaNextConfig(
+        vision_config=CLIPVisionConfig(**_tower_size(56)),
+        text_config=_llama(),
+        image_token_index=_llava_tokenizer().convert_tokens_to_ids("<image>"),
+        image_grid_pinpoints=PINPOINTS,
+    )
+    return LlavaNextForConditionalGeneration(config)
+
+
+def _llava_next_processor() -> ProcessorMixin:
+    image_processor = LlavaNextImageProcessorPil(
+        size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}, image_grid_pinpoints=PINPOINTS
+    )
+    return LlavaNextProcessor(
+        image_processor,
+        _llava_tokenizer(),
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+
+
+def _qwen() -> PreTrainedModel:
+    tokenizer = _qwen_tokenizer()
+    text = {
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 2, 2]},
+        **_ids(tokenizer),
+    }
+    tower = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "depth": 6,
+        "num_heads": 4,
+        "out_hidden_size": 48,
+        "patch_size": PATCH,
+        "window_size": 56,
+        "fullatt_block_indexes": [2, 5],
+    }
+    config = Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config=tower,
+        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+        video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
+        vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
+        vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
+    )
+    return Qwen2_5_VLForConditionalGeneration(config)
+
+
+class _ImagesOnlyProcessor(Qwen2_5_VLProcessor):
+    """The stock processor without its video processor, which cannot be made where torchvision is not installed."""
+
+    def __init__(self, image_processor, tokenizer):
+        super().__init__(image_processor, tokenizer)
+
+
+def _qwen_processor() -> ProcessorMixin:
+    image_processor = Qwen2VLImageProcessorPil(size={"shortest_edge": 112 * 112, "longest_edge": 168 * 168})
+    return _ImagesOnlyProcessor(image_processor, _qwen_tokenizer())
+
+
+HOSTS = (
+    Host(
+        "llava-clip",
+        lambda: _llava(CLIPVisionConfig(**_tower_size(84)), -2, "default"),
+        lambda: _llava_processor(cls=True, strategy="default"),
+    ),
+    Host(
+        "llava-clip-two-layers-full",
+        lambda: _llava(CLIPVisionConfig(**_tower_size(84)), [-3, -2], "full"),
+        lambda: _llava_processor(cls=True, strategy="full"),
+    ),
+    Host(
+        "llava-siglip",
+        lambda: _llava(SiglipVisionConfig(**_tower_size(84), vision_use_head=False), -1, "full"),
+        lambda: _llava_processor(cls=False, strategy="full"),
+        has_cls=False,
+    ),
+    Host("llava-next", _llava_next, _llava_next_processor),
+    Host("qwen2.5-vl", _qwen, _qwen_processor, image_mark="<|vision_start|><|image_pad|><|vision_end|>", has_cls=False),
+)
