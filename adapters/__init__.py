@@ -1,0 +1,1 @@
+"""Host families, one file each; every file defines `ADAPTER`. Found by file, see `mllm_vision.host`."""

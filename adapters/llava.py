@@ -1,0 +1,109 @@
+"""LLaVA-1.5 and every checkpoint of its class: a ViT (CLIP, SigLIP), an MLP, a causal language model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from mllm_vision.host import Adapter, Encoded, Layout
+from mllm_vision.operations import TowerFacts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+OBJECT_DEPTH = 9 / 24
+"""Share of the tower's depth at which attention is on objects: the 9th of CLIP-L's 24 layers (HiPrune, section 3)."""
+
+TOWERS_HAVE_CLS = {"clip_vision_model": True, "siglip_vision_model": False}
+
+
+class LlavaAdapter(Adapter):
+    model_type = "llava"
+    config_name = "LlavaConfig"
+    model_name = "LlavaForConditionalGeneration"
+    image_inputs = ("pixel_values", "image_sizes", "vision_feature_layer", "vision_feature_select_strategy")
+    lora_targets = {
+        "language": r".*language_model.*\.(q|k|v|o|gate|up|down)_proj",
+        "tower": r".*vision_tower.*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)",
+        "projector": r".*multi_modal_projector\.linear_[12]",
+    }
+    never_quantise = ("vision_tower", "multi_modal_projector", "lm_head")
+
+    def facts(self, config: PreTrainedConfig) -> TowerFacts:
+        vision = config.vision_config
+        height, width = tile_grid(config)
+        return TowerFacts(
+            depth=vision.num_hidden_layers,
+            has_cls=has_cls(config),
+            object_layer=max(0, round(OBJECT_DEPTH * vision.num_hidden_layers) - 1),
+            deep_layer=max(-2, -vision.num_hidden_layers),
+            image_tokens=height * width,
+        )
+
+    def tower(self, model: PreTrainedModel) -> PreTrainedModel:
+        return model.model.vision_tower
+
+    def layouts(self, model: PreTrainedModel, images: dict[str, Any]) -> list[Layout]:
+        height, width = tile_grid(model.config)
+        patch = torch.arange(height * width)
+        if keeps_cls(model.config, images):
+            patch = torch.cat([torch.tensor([-1]), patch])
+        return [Layout((height, width), 1, patch)] * len(images["pixel_values"])
+
+    def encode(
+        self,
+        model: PreTrainedModel,
+        images: dict[str, Any],
+        layouts: Sequence[Layout],
+        grids: Sequence[tuple[int, int]],
+    ) -> list[Encoded]:
+        pixels, options = images["pixel_values"], {k: v for k, v in images.items() if k != "pixel_values"}
+        if grids[0] != layouts[0].grid:
+            pixels = resize_tiles(pixels, grids[0], model.config.vision_config.patch_size)
+            options["interpolate_pos_encoding"] = True
+        features = model.model.get_image_features(pixel_values=pixels, return_dict=True, **options).pooler_output
+        first = int(keeps_cls(model.config, images))
+        return [Encoded(on_patches=image[first:], others=image[:first]) for image in features]
+
+    def by_patch(
+        self, model: PreTrainedModel, heard: list[Tensor], images: dict[str, Any], grids: Sequence[tuple[int, int]]
+    ) -> list[Tensor]:
+        (tiles,) = heard
+        return list(tiles[:, -grids[0][0] * grids[0][1] :])
+
+
+def tile_grid(config: PreTrainedConfig) -> tuple[int, int]:
+    """(H, W), patches of one pass through the tower."""
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    return side, side
+
+
+def has_cls(config: PreTrainedConfig) -> bool:
+    """Whether the tower puts a CLS token before the patches.
+
+    Raises:
+        ValueError: a tower that this adapter does not know.
+    """
+    tower = config.vision_config.model_type
+    if tower not in TOWERS_HAVE_CLS:
+        raise ValueError(f"vision tower {tower!r} is not supported; supported are {', '.join(TOWERS_HAVE_CLS)}")
+    return TOWERS_HAVE_CLS[tower]
+
+
+def keeps_cls(config: PreTrainedConfig, images: dict[str, Any]) -> bool:
+    """Whether the CLS token is among the visual tokens."""
+    strategy = images.get("vision_feature_select_strategy") or config.vision_feature_select_strategy
+    return strategy == "full" and has_cls(config)
+
+
+def resize_tiles(pixels: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
+    """Tiles (B, 3, H, W), down-sampled to ``grid`` patches."""
+    size = (grid[0] * patch_size, grid[1] * patch_size)
+    return interpolate(pixels.float(), size=size, mode="bicubic", antialias=True).to(pixels.dtype)
+
+
+ADAPTER = LlavaAdapter()

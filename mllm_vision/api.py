@@ -1,0 +1,185 @@
+"""The public verbs: load, apply, remove, using, inspect_tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+
+from mllm_vision.auto import slotted_config
+from mllm_vision.encoding import encode_images
+from mllm_vision.host import adapter_for, adapters
+from mllm_vision.methods import MethodConfig
+from mllm_vision.slots import Slots, restored, stored
+from mllm_vision.slotted import SlottedModel, require_weights, slotted_model
+from mllm_vision.tokens import Roles
+
+Model = TypeVar("Model", bound=nn.Module)
+
+CHECKPOINTS = Path(__file__).parent / "checkpoints"
+"""Folder of the trained models that come with the library."""
+
+
+def load(name_or_path: str | Path, *methods: MethodConfig, **kwargs: Any) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """A model with methods plugged in, and its stock processor.
+
+    Args:
+        name_or_path: A hub id, a folder, or the name of a checkpoint that comes with the library
+            ("tiny-llava-scenes").
+        methods: Configs of the methods, applied in this order; none leaves the checkpoint as it is.
+        kwargs: As for `AutoModelForImageTextToText.from_pretrained`: dtype, device_map, quantization_config, ...
+
+    Raises:
+        ValueError: a host nobody supports, or a method that asks for what the host cannot give; no weight is read then.
+        RuntimeError: the checkpoint lacks weights.
+    """
+    bundled = CHECKPOINTS / str(name_or_path)
+    source = bundled if bundled.is_dir() else name_or_path
+    hub = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if k in kwargs}
+    config = kwargs.pop("config", None) or AutoConfig.from_pretrained(source, **hub)
+    adapter_for(config)
+    Slots(methods or restored(getattr(config, "mllm_vision", None)), config)
+    processor = AutoProcessor.from_pretrained(source, **hub)
+    model, info = AutoModelForImageTextToText.from_pretrained(source, config=config, output_loading_info=True, **kwargs)
+    require_weights(info)
+    return (apply(model, *methods) if methods else model), processor
+
+
+def apply(model: Model, *methods: MethodConfig) -> Model:
+    """Plug methods into a live model, in place of those it has. Touches this instance only; `remove` undoes it.
+
+    Args:
+        model: A supported host: of a stock class or with slots, quantised, dispatched over devices, or wrapped by PEFT.
+        methods: Configs of the methods, applied in this order.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        ValueError: a host nobody supports, or a method that asks for what the host cannot give; the model is unchanged.
+    """
+    host = find_host(model)
+    slots = Slots(methods, host.config)
+    if not isinstance(host, SlottedModel):
+        adapter = adapter_for(host.config)
+        _change_class(host, slotted_model(adapter))
+        host.config.__class__ = slotted_config(adapter)
+    host.vision_slots = slots.train(host.training)
+    host.config.mllm_vision = stored(methods)
+    return model
+
+
+def remove(model: Model) -> Model:
+    """Take every method out again: the model is an instance of its stock class, bit for bit as it was.
+
+    Returns:
+        `model` itself.
+    """
+    host = find_host(model)
+    if isinstance(host, SlottedModel):
+        adapter = adapter_for(host.config)
+        del host.vision_slots
+        del host.config.mllm_vision
+        host.config.__class__ = adapter.stock_config
+        _change_class(host, adapter.stock_model)
+    return model
+
+
+@contextmanager
+def using(model: Model, *methods: MethodConfig) -> Iterator[Model]:
+    """`apply` for the length of a block; afterwards the model has the methods it had before."""
+    host = find_host(model)
+    before = list(host.vision_slots.methods) if isinstance(host, SlottedModel) else None
+    apply(model, *methods)
+    try:
+        yield model
+    finally:
+        if before is None:
+            remove(model)
+        else:
+            apply(model, *before)
+
+
+@dataclass(frozen=True)
+class KeptTokens:
+    """What was kept of one tile of an image (an image has one tile unless its host cuts it into several).
+
+    Args:
+        image: Number of the image in the batch.
+        tile: Number of the tile in the image.
+        grid: (H, W), patches of the tile as the tower saw it.
+        patch_index: (N,) row-major patches of the tile that the tokens sit on, in the order of the prompt.
+        patch_count: (N,) patches folded into each token.
+        roles: for each token the name of the role a method gave it, or None where the methods name no roles.
+    """
+
+    image: int
+    tile: int
+    grid: tuple[int, int]
+    patch_index: Tensor
+    patch_count: Tensor
+    roles: list[str] | None
+
+
+@torch.no_grad()
+def inspect_tokens(model: nn.Module, **inputs: Any) -> list[KeptTokens]:
+    """Which tokens of the images in ``inputs`` go into the prompt, one entry a tile.
+
+    Args:
+        model: A supported host, with or without methods.
+        inputs: What the processor made; text inputs are ignored.
+
+    Raises:
+        ValueError: there is no image in ``inputs``.
+    """
+    host = find_host(model)
+    adapter = adapter_for(host.config)
+    images = {name: inputs[name] for name in adapter.image_inputs if inputs.get(name) is not None}
+    if adapter.image_inputs[0] not in images:
+        raise ValueError(f"there is no image in the inputs: {adapter.image_inputs[0]} is missing")
+    slots = host.vision_slots if isinstance(host, SlottedModel) else Slots([], host.config)
+    kept = []
+    for number, image in enumerate(encode_images(host, slots, images)):
+        tokens = image.on_patches
+        size = tokens.grid[0] * tokens.grid[1]
+        index, count = tokens.patch_index[0], tokens.patch_count[0]
+        named = next(((key, patches[0]) for key, patches in tokens.evidence.items() if isinstance(key, Roles)), None)
+        for tile in range(tokens.tiles):
+            inside = index // size == tile
+            roles = None if named is None else [named[0].names[role] for role in named[1][index[inside]].tolist()]
+            kept.append(KeptTokens(number, tile, tokens.grid, index[inside] % size, count[inside], roles))
+    return kept
+
+
+def find_host(model: nn.Module) -> PreTrainedModel:
+    """The supported host that ``model`` is or wraps (PEFT, data parallel).
+
+    Raises:
+        ValueError: there is none; the message lists the supported ones.
+    """
+    stock = tuple(adapter.stock_model for adapter in adapters().values())
+    for module in model.modules():
+        if isinstance(module, stock):
+            return module
+    names = ", ".join(sorted(adapter.model_name for adapter in adapters().values()))
+    raise ValueError(f"{type(model).__name__} is not a supported host and wraps none; supported are {names}")
+
+
+def _change_class(host: PreTrainedModel, cls: type) -> None:
+    """Give ``host`` another class; a device hook of accelerate, which holds on to the old forward, is put on anew."""
+    hook = getattr(host, "_hf_hook", None)
+    if hook is None and "forward" in vars(host):
+        raise ValueError("something has replaced this model's forward (accelerator.prepare?); apply methods before it")
+    if hook is not None:
+        remove_hook_from_module(host)
+        del host.forward
+    host.__class__ = cls
+    if hook is not None:
+        add_hook_to_module(host, hook)

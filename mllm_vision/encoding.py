@@ -1,0 +1,77 @@
+"""From images to the tokens that enter the prompt: tower, projector, operations, for a whole batch.
+
+Shapes: image i has P_i patches on the grid it is seen on, S_i placeholders, n_i tokens in the prompt; D channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mllm_vision.host import Encoded, Layout, adapter_for
+from mllm_vision.slots import Slots
+from mllm_vision.tap import listen
+from mllm_vision.tokens import VisualTokens
+
+
+@dataclass(frozen=True)
+class ImageTokens:
+    """What goes into the prompt for one image.
+
+    Args:
+        features: (n, D).
+        slots: (n,) ascending, the placeholder that each token stands on.
+        placeholders: S, how many the processor wrote.
+        on_patches: the tokens on patches after the last operation, as a batch of one.
+    """
+
+    features: Tensor
+    slots: Tensor
+    placeholders: int
+    on_patches: VisualTokens
+
+
+def encode_images(model: PreTrainedModel, slots: Slots, images: dict[str, Any]) -> list[ImageTokens]:
+    """The tokens of every image of a batch. Images of one layout go through the operations together."""
+    adapter = adapter_for(model.config)
+    layouts = adapter.layouts(model, images)
+    grids = [slots.grid(layout.grid, layout.tiles) for layout in layouts]
+    with listen(adapter.tower(model), slots.requests) as recording:
+        encoded = adapter.encode(model, images, layouts, grids)
+    evidence = {request: adapter.by_patch(model, recording[request], images, grids) for request in slots.requests}
+
+    places = [layout.place_on(grid) for layout, grid in zip(layouts, grids, strict=True)]
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for i, (grid, place) in enumerate(zip(grids, places, strict=True)):
+        groups.setdefault((grid, tuple(place.tolist())), []).append(i)
+    out: dict[int, ImageTokens] = {}
+    for members in groups.values():
+        first = members[0]
+        tokens = _on_patches([encoded[i].on_patches for i in members], places[first], grids[first])
+        tokens.evidence.update({request: torch.stack([maps[i] for i in members]) for request, maps in evidence.items()})
+        for operation in slots.operations:
+            tokens = operation(tokens)
+        for row, i in enumerate(members):
+            out[i] = _in_prompt(tokens.image(row), places[i], encoded[i], layouts[i])
+    return [out[i] for i in range(len(layouts))]
+
+
+def _on_patches(features: Sequence[Tensor], place: Tensor, grid: tuple[int, int]) -> VisualTokens:
+    """The tokens (B, N, D) of images of one layout, on the N of their P patches that have a placeholder."""
+    patch = (place >= 0).nonzero().squeeze(1).to(features[0].device)
+    index = patch.expand(len(features), -1)
+    tiles = len(place) // (grid[0] * grid[1])
+    return VisualTokens(torch.stack([f[patch] for f in features]), index, torch.ones_like(index), grid, tiles)
+
+
+def _in_prompt(tokens: VisualTokens, place: Tensor, encoded: Encoded, layout: Layout) -> ImageTokens:
+    """Tokens of one image in the order of the prompt, with those that the host puts on no patch."""
+    on_patches = place.to(tokens.patch_index.device)[tokens.patch_index[0]]
+    others = (layout.patch < 0).nonzero().squeeze(1).to(on_patches.device)
+    slots, order = torch.cat([on_patches, others]).sort(stable=True)
+    return ImageTokens(torch.cat([tokens.features[0], encoded.others])[order], slots, len(layout.patch), tokens)

@@ -1,0 +1,170 @@
+"""What the library knows of a host family: the `Adapter`, one file in `adapters/` for each.
+
+Shapes: B prompts of L columns; image i has T_i tiles of (H_i, W_i) patches, P_i patches in all, S_i placeholders.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from mllm_vision.operations import TowerFacts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+ENTRY_POINT_GROUP = "mllm_vision.adapters"
+SLOTTED_PREFIX = "mllm_vision_"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the visual tokens of one image stand in its prompt.
+
+    Args:
+        grid: (H, W), patches of a tile.
+        tiles: T.
+        patch: (S,), the patch whose token the stock host puts on each placeholder, -1 where it puts another token there
+            (a newline, the CLS token).
+    """
+
+    grid: tuple[int, int]
+    tiles: int
+    patch: Tensor
+
+    @property
+    def place(self) -> Tensor:
+        """(P,): the placeholder of each patch, -1 for a patch that the host leaves out (padding)."""
+        return self.place_on(self.grid)
+
+    def place_on(self, grid: tuple[int, int]) -> Tensor:
+        """(T * h * w,): the placeholder of each cell of a coarser ``grid`` (h, w), that of the patch at its centre."""
+        (height, width), (h, w) = self.grid, grid
+        place = torch.full((self.tiles * height * width,), -1)
+        on = (self.patch >= 0).nonzero().squeeze(1)
+        place[self.patch[on]] = on
+        rows = (2 * torch.arange(h) + 1) * height // (2 * h)
+        columns = (2 * torch.arange(w) + 1) * width // (2 * w)
+        return place.view(self.tiles, height, width)[:, rows[:, None], columns].flatten()
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What the tower and the projector made of one image.
+
+    Args:
+        on_patches: (P, D), by patch of the grid that was encoded; rows of patches that the host leaves out are unused.
+        others: (F, D), the tokens that stand on no patch, in the order of their placeholders.
+    """
+
+    on_patches: Tensor
+    others: Tensor
+
+
+class Adapter(ABC):
+    """Everything that is particular to one host family. Stateless; every method takes the model it speaks of.
+
+    Class attributes: `model_type` and the stock classes by name; `image_inputs`, the inputs that describe images, the
+    pixels first; `keeps_positions`, whether kept tokens retain their positions (they close up otherwise); `lora_targets`, the linear layers that LoRA adapts, by part; `never_quantise`, modules to leave alone.
+    """
+
+    model_type: ClassVar[str]
+    config_name: ClassVar[str]
+    model_name: ClassVar[str]
+    image_inputs: ClassVar[tuple[str, ...]]
+    keeps_positions: ClassVar[bool] = False
+    lora_targets: ClassVar[dict[str, str]]
+    never_quantise: ClassVar[tuple[str, ...]]
+
+    @property
+    def slotted_type(self) -> str:
+        """The model type under which a model with slots is saved."""
+        return SLOTTED_PREFIX + self.model_type
+
+    @property
+    def stock_model(self) -> type[PreTrainedModel]:
+        """The stock class with a language-model head."""
+        return _from_transformers(self.model_name)
+
+    @property
+    def stock_config(self) -> type[PreTrainedConfig]:
+        """The stock config class."""
+        return _from_transformers(self.config_name)
+
+    @abstractmethod
+    def facts(self, config: PreTrainedConfig) -> TowerFacts:
+        """What a method may know of the tower."""
+
+    @abstractmethod
+    def tower(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The vision tower."""
+
+    @abstractmethod
+    def layouts(self, model: PreTrainedModel, images: dict[str, Any]) -> list[Layout]:
+        """How the tokens of each image stand in the prompt, under the stock host."""
+
+    @abstractmethod
+    def encode(
+        self,
+        model: PreTrainedModel,
+        images: dict[str, Any],
+        layouts: Sequence[Layout],
+        grids: Sequence[tuple[int, int]],
+    ) -> list[Encoded]:
+        """Tower and projector over all images, each seen on its ``grids`` (h, w) instead of its layout's (H, W)."""
+
+    @abstractmethod
+    def by_patch(
+        self, model: PreTrainedModel, heard: list[Tensor], images: dict[str, Any], grids: Sequence[tuple[int, int]]
+    ) -> list[Tensor]:
+        """One piece of evidence, brought from what the tap ``heard`` in the tower's order into (P_i,) by patch."""
+
+    def positions(self, model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor | None:
+        """(axes, B, L) positions of the caller's prompt where the host `keeps_positions`, else None."""
+        return None
+
+    def after_fit(self, model: PreTrainedModel, inputs: dict[str, Any], *, generating: bool) -> None:
+        """Bring what the stock model expects or remembers of a prompt into line with the fitted ``inputs``."""
+
+
+@cache
+def adapters() -> dict[str, Adapter]:
+    """Every host family that is installed, by model type."""
+    package = importlib.import_module("mllm_vision.adapters")
+    modules = [importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
+    modules += [point.load() for point in entry_points(group=ENTRY_POINT_GROUP)]
+    return {module.ADAPTER.model_type: module.ADAPTER for module in modules}
+
+
+def adapter_for(config: PreTrainedConfig) -> Adapter:
+    """The adapter of the host with this config, stock or with slots.
+
+    Raises:
+        ValueError: nobody supports that host; the message lists those that are supported.
+    """
+    return adapter_of_type(config.model_type)
+
+
+def adapter_of_type(model_type: str) -> Adapter:
+    """The adapter of the host with this model type, stock or with slots.
+
+    Raises:
+        ValueError: nobody supports that host; the message lists those that are supported.
+    """
+    stock = model_type.removeprefix(SLOTTED_PREFIX)
+    if stock not in adapters():
+        raise ValueError(f"model type {stock!r} is not supported; supported are {', '.join(sorted(adapters()))}")
+    return adapters()[stock]
+
+
+def _from_transformers(name: str) -> Any:
+    return getattr(importlib.import_module("transformers"), name)

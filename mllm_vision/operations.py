@@ -1,0 +1,113 @@
+"""What a method is to the host: an operation on visual tokens, or on the image before the tower sees it."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from torch import nn
+
+from mllm_vision.methods import MethodConfig
+from mllm_vision.tokens import Evidence, VisualTokens
+
+
+@dataclass(frozen=True)
+class TowerFacts:
+    """What a method may know of the tower it works on, read from the config before any weight is loaded.
+
+    Args:
+        depth: Number of attention layers.
+        has_cls: Whether a CLS token goes through the layers.
+        object_layer: Attention map that attends to objects, as published for this family (scaled to `depth`).
+        deep_layer: Attention map that attends to the whole scene.
+        image_tokens: Visual tokens of every image, or None where that depends on the image.
+    """
+
+    depth: int
+    has_cls: bool
+    object_layer: int
+    deep_layer: int
+    image_tokens: int | None = None
+
+    def layer(self, asked: int | None, default: int) -> int:
+        """Index of the attention map ``asked`` for, negative counting from the end; ``default`` for None.
+
+        Raises:
+            ValueError: the tower has no such layer.
+        """
+        layer = default if asked is None else asked
+        if not -self.depth <= layer < self.depth:
+            raise ValueError(
+                f"the tower has {self.depth} layers, so a layer is in {-self.depth}..{self.depth - 1}, got {layer}"
+            )
+        return layer % self.depth
+
+
+class TokenOperation(nn.Module, ABC):
+    """Visual tokens in, visual tokens out: pruning, merging, pooling.
+
+    `requests` is the evidence that the tap computes for it; it is found under the same keys in ``tokens.evidence``.
+    """
+
+    requests: tuple[Evidence, ...] = ()
+
+    @abstractmethod
+    def forward(self, tokens: VisualTokens) -> VisualTokens:
+        """Tokens of B images, (B, N, C), to (B, M, C); M is the same for the B images."""
+
+
+class ImageOperation(nn.Module, ABC):
+    """An image in, a smaller image out, before the tower sees it."""
+
+    @abstractmethod
+    def forward(self, grid: tuple[int, int], tiles: int) -> tuple[int, int]:
+        """The (h, w) grid that the tower shall see instead of the (H, W) grid of each of an image's tiles."""
+
+
+@dataclass(kw_only=True)
+class KeepConfig(MethodConfig, ABC, kind="reducer"):
+    """A reducer with a budget.
+
+    Args:
+        keep: Tokens to keep of an image; a float in (0, 1) is a share of its tokens.
+    """
+
+    keep: int | float
+
+    def __post_init__(self) -> None:
+        whole = isinstance(self.keep, int) and not isinstance(self.keep, bool) and self.keep >= 1
+        share = isinstance(self.keep, float) and 0 < self.keep < 1
+        if not whole and not share:
+            raise ValueError(
+                f"keep must be a number of tokens (an int of 1 or more) or a share in (0, 1), got {self.keep!r}"
+            )
+
+    def check(self, tower: TowerFacts) -> None:
+        """Raise ValueError where the tower cannot give what this config asks for."""
+        if tower.image_tokens is not None and self.keep > tower.image_tokens:
+            raise ValueError(f"keep must be in 1..{tower.image_tokens}, the visual tokens of an image, got {self.keep}")
+
+    def count(self, n: int) -> int:
+        """Tokens to keep of n: at least 1, at most n."""
+        return max(1, min(n, round(self.keep * n) if isinstance(self.keep, float) else self.keep))
+
+    @abstractmethod
+    def build(self, tower: TowerFacts) -> TokenOperation | ImageOperation:
+        """The operation, for a tower that `check` accepted."""
+
+
+def coarse_grid(grid: tuple[int, int], most: int, *, distortion: float = 1.25) -> tuple[int, int]:
+    """The (h, w) with the most cells, at most ``most``, whose aspect differs from the (H, W) grid's by ``distortion`` at most.
+
+    Where no such grid exists (a grid far from square and a handful of cells), the least distorted one.
+    """
+    height, width = grid
+    fits = []
+    for h in range(1, min(height, most) + 1):
+        w = min(width, most // h)
+        fits.append((abs(math.log(w * height / (h * width))), h, w))
+    near = [(h * w, -bend, h, w) for bend, h, w in fits if bend <= math.log(distortion)]
+    if near:
+        return max(near)[2:]
+    return min(fits)[1:]

@@ -1,0 +1,228 @@
+"""The host: a stock model class with slots. The stock forward pass and the stock generation loop do all the work.
+
+Shapes: B prompts of L columns before and M after fitting.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedConfig
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.generation.streamers import BaseStreamer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from mllm_vision.auto import slotted_config
+from mllm_vision.encoding import encode_images
+from mllm_vision.host import Adapter, adapter_for, adapters
+from mllm_vision.placeholders import PAD_VALUES, fit_columns
+from mllm_vision.slots import Slots, restored
+
+
+@dataclass
+class PromptPrefix:
+    """What a cache holds of an earlier prompt.
+
+    Kept on the cache as ``visual_prefix``, so that the next turn of a conversation finds it, in copies of the cache, too.
+
+    Args:
+        length: Columns of the prompt as the caller wrote it.
+        fitted: Its fitted ids and masks, (B, M) each.
+    """
+
+    length: int
+    fitted: dict[str, Tensor] = field(default_factory=dict)
+
+
+class SlottedModel:
+    """Mixed in before a stock model class: fits the prompt to what the slots made of the images, then calls stock code."""
+
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        self.vision_slots = Slots(restored(config.mllm_vision), config)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As the stock class, but a weight that the checkpoint lacks is an error, never a random layer."""
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        require_weights(info)
+        return (model, info) if output_loading_info else model
+
+    def _forward(self, **inputs: Any) -> Any:
+        """The stock forward pass over the fitted prompt; logits have the fitted length M."""
+        return super().forward(**self._fitted(inputs, generating=False))  # type: ignore[misc]
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        streamer: BaseStreamer | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the stock `generate`: returns the caller's own prompt and the new tokens, whatever was pruned.
+
+        Logits processors and stopping criteria see the fitted prompt, which is shorter. A `max_length` or `min_length`
+        allows as many new tokens as it would without pruning.
+        """
+        stock = super().generate  # type: ignore[misc]
+        prompt = kwargs.pop("input_ids", None) if inputs is None else inputs
+        cache = kwargs.get("past_key_values")
+        prefix = getattr(cache, "visual_prefix", None) if cache is not None and cache.get_seq_length() else None
+        if prompt is None or (kwargs.get("pixel_values") is None and prefix is None):
+            return stock(prompt, generation_config, streamer=streamer, **kwargs)
+        fitted = self._fitted_turn({"input_ids": prompt, **kwargs}, prefix)
+        fitted |= self._shifted_limits(generation_config, fitted, fitted["input_ids"].shape[1] - prompt.shape[1])
+        out = stock(
+            generation_config=generation_config,
+            streamer=None if streamer is None else _PromptStreamer(streamer, prompt),
+            **fitted,
+        )
+        sequences = out if isinstance(out, Tensor) else out.sequences
+        copies = len(sequences) // len(prompt)
+        own = prompt.to(sequences.device).repeat_interleave(copies, dim=0)
+        sequences = torch.cat([own, sequences[:, fitted["input_ids"].shape[1] :]], dim=1)
+        for used in (cache, getattr(out, "past_key_values", None)):
+            if used is not None:
+                used.visual_prefix = _prefix(fitted, prompt, prefix, copies)
+        if isinstance(out, Tensor):
+            return sequences
+        out.sequences = sequences
+        return out
+
+    def _fitted(self, inputs: dict[str, Any], *, generating: bool) -> dict[str, Any]:
+        """``inputs`` with the images encoded and reduced, and the prompt fitted to them."""
+        adapter = adapter_for(self.config)
+        images = {name: inputs[name] for name in adapter.image_inputs if inputs.get(name) is not None}
+        if adapter.image_inputs[0] not in images or not self.vision_slots.methods:
+            return inputs
+        ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+        if ids is None:
+            raise ValueError("images need input_ids, whose placeholders say where they stand; got inputs_embeds only")
+        if mask is not None and mask.dim() != 2:
+            raise ValueError(f"attention_mask must be (batch, length) to fit a prompt, got {tuple(mask.shape)}")
+        encoded = encode_images(self, self.vision_slots, images)  # type: ignore[arg-type]
+        fit = fit_columns(
+            ids, mask, self.config.image_token_id, [i.placeholders for i in encoded], [i.slots for i in encoded]
+        )
+        fitted = {name: value for name, value in inputs.items() if name not in adapter.image_inputs}
+        if inputs.get("position_ids") is None:
+            fitted["position_ids"] = adapter.positions(self, inputs)  # type: ignore[arg-type]
+        if mask is None and bool(fit.padded.any()):
+            fitted["attention_mask"] = torch.ones_like(ids)
+        for name, pad_value in {"input_ids": self._pad_id(), **PAD_VALUES}.items():
+            if fitted.get(name) is not None:
+                fitted[name] = fit.apply(fitted[name], pad_value)
+        features = [image.features for image in encoded]
+        fitted["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=features)}
+        adapter.after_fit(self, fitted, generating=generating)  # type: ignore[arg-type]
+        return fitted
+
+    def _fitted_turn(self, inputs: dict[str, Any], prefix: PromptPrefix | None) -> dict[str, Any]:
+        """As `_fitted`, for a conversation of which a cache may hold an earlier, fitted part."""
+        if prefix is None:
+            return self._fitted(inputs, generating=True)
+        adapter = adapter_for(self.config)
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        inputs = {**inputs, "attention_mask": torch.ones_like(ids) if mask is None else mask}
+        length = inputs["attention_mask"].shape[1]
+        # As in stock `generate`, ids that are shorter than the mask are the new ones only.
+        whole = [name for name in prefix.fitted if name in inputs and inputs[name].shape[1] == length]
+        turn = {**inputs, **{name: inputs[name][:, prefix.length :] for name in whole}}
+        if inputs.get(adapter.image_inputs[0]) is not None:
+            if adapter.keeps_positions or "input_ids" not in whole:
+                raise ValueError(
+                    "a new image in a later turn of a cached conversation needs the ids of the whole conversation and a "
+                    f"host whose positions are one-dimensional, which {adapter.model_type} "
+                    + ("is not" if adapter.keeps_positions else "is")
+                    + "; start the turn without past_key_values"
+                )
+            turn = self._fitted(turn, generating=True)
+        return {**turn, **{name: torch.cat([prefix.fitted[name], turn[name]], dim=1) for name in whole}}
+
+    def _shifted_limits(self, config: GenerationConfig | None, inputs: dict[str, Any], by: int) -> dict[str, int]:
+        """Limits on the whole length, moved ``by`` the columns that fitting took away, so that they allow the same."""
+
+        def asked(name: str) -> int | None:
+            sources = (inputs.get(name), getattr(config, name, None), getattr(self.generation_config, name))
+            return next((value for value in sources if value is not None), None)
+
+        pairs = (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens"))
+        return {name: limit + by for name, new in pairs if asked(new) is None and (limit := asked(name))}
+
+    def _pad_id(self) -> int:
+        ids = (self.generation_config.pad_token_id, self.config.get_text_config().pad_token_id)
+        return next((i for i in ids if i is not None), 0)
+
+
+def _prefix(fitted: dict[str, Tensor], prompt: Tensor, earlier: PromptPrefix | None, copies: int) -> PromptPrefix:
+    """What a cache holds after generating from ``fitted``, each prompt ``copies`` times."""
+    if earlier is not None and fitted["input_ids"].shape[1] == prompt.shape[1]:
+        return earlier  # the caller gave the new ids only, nothing of which was fitted
+    mask = fitted.get("attention_mask")
+    held = {**fitted, "attention_mask": torch.ones_like(fitted["input_ids"]) if mask is None else mask}
+    names = ("input_ids", "attention_mask", "mm_token_type_ids")
+    return PromptPrefix(
+        prompt.shape[1],
+        {name: held[name].repeat_interleave(copies, dim=0) for name in names if held.get(name) is not None},
+    )
+
+
+class _PromptStreamer(BaseStreamer):
+    """Shows the caller's own prompt to a streamer where the loop shows the fitted one."""
+
+    def __init__(self, streamer: BaseStreamer, prompt: Tensor):
+        self.streamer = streamer
+        self.prompt: Tensor | None = prompt.cpu()
+
+    def put(self, value: Tensor) -> None:
+        prompt, self.prompt = self.prompt, None
+        self.streamer.put(value if prompt is None else prompt)
+
+    def end(self) -> None:
+        self.streamer.end()
+
+
+@functools.cache
+def slotted_model(adapter: Adapter) -> type[SlottedModel]:
+    """The host's stock model class with slots, known to `from_pretrained` under the weight names of the stock class."""
+    stock, config = adapter.stock_model, slotted_config(adapter)
+    names = list(inspect.signature(stock.forward).parameters)[1:]
+
+    @functools.wraps(stock.forward)  # `generate` and Trainer read the signature
+    def forward(self: SlottedModel, *args: Any, **kwargs: Any) -> Any:
+        return self._forward(**dict(zip(names, args, strict=False)), **kwargs)
+
+    conversion = get_checkpoint_conversion_mapping(adapter.model_type)
+    if conversion is not None:
+        register_checkpoint_conversion_mapping(config.model_type, conversion, overwrite=True)
+    members = {
+        "__module__": __name__,
+        "__doc__": f"`{stock.__name__}` with slots.",
+        "config_class": config,
+        "forward": forward,
+    }
+    return type(f"Slotted{stock.__name__}", (SlottedModel, stock), members)
+
+
+def __getattr__(name: str) -> Any:
+    """The slotted classes by name, as unpickling asks for them."""
+    for adapter in adapters().values():
+        for kind, make in ((adapter.config_name, slotted_config), (adapter.model_name, slotted_model)):
+            if name == f"Slotted{kind}":
+                return make(adapter)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def require_weights(info: Any) -> None:
+    """Raise RuntimeError where a checkpoint lacked weights, naming them."""
+    missing = sorted(info["missing_keys"])
+    if missing:
+        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise RuntimeError(f"the checkpoint lacks {len(missing)} weights, which would be random: {shown}")

@@ -1,0 +1,170 @@
+"""The attention tap: evidence from a tower's attention layers, in reduced form, under any attention implementation.
+
+While a tap is open, the attention layers it listens to run a function of the `AttentionInterface` that first reads
+queries and keys and then calls the implementation the model was using. Nothing else of the forward pass changes, and no
+(heads, N, N) map outlives a chunk of its rows.
+
+Shapes: B images, h heads, N positions of the tower (CLS and registers included), d channels a head.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from mllm_vision.tokens import AttentionFromCLS, Evidence
+
+MAP_ELEMENTS = 1 << 22
+"""Most elements of an attention map held at once (16 MB in float32)."""
+
+PREFIX = "mllm_vision_tap|"
+
+_lock = threading.Lock()
+_open_taps: Counter[int] = Counter()
+"""How many blocks listen to the layers of each config, by its id."""
+
+
+@dataclass
+class Recording:
+    """What the tap has heard: for each request a tensor (B, N) a call, in the tower's own order of positions."""
+
+    layers: dict[nn.Module, int]
+    requests: Sequence[Evidence]
+    heard: dict[Evidence, list[Tensor]] = field(default_factory=dict)
+
+    def __getitem__(self, request: Evidence) -> list[Tensor]:
+        if request not in self.heard:
+            raise RuntimeError(
+                f"the tower's layer {request.layer} did not go through the attention tap, so no {request}"
+            )
+        return self.heard[request]
+
+
+_recording: ContextVar[Recording | None] = ContextVar("mllm_vision_recording", default=None)
+
+
+@contextmanager
+def listen(tower: PreTrainedModel, requests: Sequence[Evidence]) -> Iterator[Recording]:
+    """Record the evidence ``requests`` of every forward pass of ``tower`` that this thread runs inside the block."""
+    layers = attention_layers(tower)
+    recording = Recording({layers[r.layer]: r.layer for r in requests}, requests)
+    if not requests:
+        yield recording
+        return
+    token = _recording.set(recording)
+    try:
+        with _tapped_configs({id(layer.config): layer.config for layer in recording.layers}.values()):
+            yield recording
+    finally:
+        _recording.reset(token)
+
+
+def attention_layers(tower: PreTrainedModel) -> list[nn.Module]:
+    """The attention modules of ``tower`` in order: those whose class it declares as the source of its attentions."""
+    declared = tower._can_record_outputs["attentions"]
+    source = getattr(declared, "target_class", declared)
+    return [module for module in tower.modules() if isinstance(module, source)]
+
+
+@contextmanager
+def _tapped_configs(configs: Collection[Any]) -> Iterator[None]:
+    """Route the attention of the layers with these ``configs`` through the tap; concurrent blocks may overlap."""
+    with _lock:
+        for config in configs:
+            if not _open_taps[id(config)]:
+                config._attn_implementation = _tap_of(config._attn_implementation)
+            _open_taps[id(config)] += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            for config in configs:
+                _open_taps[id(config)] -= 1
+                if not _open_taps[id(config)]:
+                    del _open_taps[id(config)]
+                    config._attn_implementation = config._attn_implementation.removeprefix(PREFIX)
+
+
+def _tap_of(implementation: str) -> str:
+    """Name under which the tap around ``implementation`` is registered."""
+    name = PREFIX + implementation
+    if name not in ALL_ATTENTION_FUNCTIONS:
+        AttentionInterface.register(name, partial(_tapped_attention, implementation))
+        if implementation in ALL_MASK_ATTENTION_FUNCTIONS:
+            AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
+    return name
+
+
+def _tapped_attention(
+    implementation: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    recording = _recording.get()
+    if recording is not None and module in recording.layers:
+        for request in recording.requests:
+            if request.layer == recording.layers[module]:
+                reduce = attention_from_first if isinstance(request, AttentionFromCLS) else attention_received
+                bounds = kwargs.get("cu_seq_lens_q")  # flash attention packs several sequences into one
+                with torch.no_grad():
+                    heard = [
+                        reduce(q, k, kwargs["scaling"], attention_mask)
+                        for q, k in zip(_segments(query, bounds), _segments(key, bounds), strict=True)
+                    ]
+                recording.heard.setdefault(request, []).extend(heard)
+    return _attention_function(implementation, module)(module, query, key, value, attention_mask, **kwargs)
+
+
+def _attention_function(implementation: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    # Each modeling file has an eager function of its own, which the interface takes as its default.
+    eager = sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
+
+
+def _segments(states: Tensor, bounds: Tensor | None) -> Sequence[Tensor]:
+    return [states] if bounds is None else states.split(bounds.diff().tolist(), dim=2)
+
+
+def attention_received(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
+    """Attention every position receives, mean over heads and summed over queries: (B, N), 1.0 on average.
+
+    Computed in float32 from ``query`` and ``key`` (B, h, N, d), `MAP_ELEMENTS` of the map at a time.
+    """
+    batch, heads, length, _ = query.shape
+    rows = max(1, MAP_ELEMENTS // (batch * heads * key.shape[2]))
+    received = torch.zeros(batch, key.shape[2], device=key.device)
+    for start in range(0, length, rows):
+        stop = min(start + rows, length)
+        chunk_mask = None if mask is None else mask[..., start:stop, :]
+        received += _attention(query[:, :, start:stop], key, scaling, chunk_mask).sum(2).mean(1)
+    return received
+
+
+def attention_from_first(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
+    """Attention from the first position (CLS) to every position, mean over heads: (B, N), from (B, h, N, d)."""
+    first_mask = None if mask is None else mask[..., :1, :]
+    return _attention(query[:, :, :1], key, scaling, first_mask).squeeze(2).mean(1)
+
+
+def _attention(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
+    weights = query.float() @ key.float().transpose(-1, -2) * scaling
+    if mask is not None:
+        weights = weights.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else weights + mask
+    return weights.softmax(-1)
