@@ -1,0 +1,266 @@
+"""What pruning costs beside what it saves: encoding time, encoding memory and prefill time, over the stock model's.
+
+    python -m mllm_vision.eval.overhead --out overhead.json
+
+Stock and pruned runs take turns in one process, and a ratio is formed of neighbours, so that a busy machine disturbs
+both. Weights are random on purpose: what the tokens hold changes neither time nor memory, and nothing is downloaded.
+
+Encoding is tower, projector and reduction, float32, at CLIP-L/14-336 geometry; stock is `get_image_features` under sdpa.
+Prefill goes from encoded images to the first logits through a Llama of LLaVA-1.5's proportions: choosing the tokens,
+fitting the prompt and the language model, over a stock model whose prompt simply has that many placeholders. Its tower
+is a toy that costs about a millisecond (counted against us) and its projector answers from memory.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from copy import deepcopy
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+import mllm_vision as mv
+from mllm_vision.encoding import encode_images
+from mllm_vision.eval.environment import environment
+from mllm_vision.reducers import HiPruneConfig
+
+TOWER = dict(
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    image_size=336,
+    patch_size=14,
+)
+"""CLIP-L/14-336."""
+
+LANGUAGE = dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=2, num_attention_heads=32, vocab_size=1024)
+"""The layers of LLaVA-1.5-7B's language model, 2 of its 32."""
+
+# What stands in for the half of the model that is not measured.
+_TOY_TOWER = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1)
+_TOY_LANGUAGE = dict(intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, head_dim=16)
+
+def _row(*a):
+    return a
+
+
+TARGETS = {"encoding time": 1.05, "encoding peak memory": 1.10, "prefill time": 1.15}
+
+IMAGE_ID = 3
+TEXT_TOKENS = 40
+"""Columns of a prompt beside the placeholders, a chat template and a question."""
+
+_PROC = Path("/proc/self")
+
+
+def measure(
+    *,
+    repeats: int = 7,
+    keeps: Sequence[int] = (192, 64),
+    batches: Sequence[int] = (1, 4),
+    tower: dict[str, int] = TOWER,
+    language: dict[str, int] = LANGUAGE,
+    threads: int = 2,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Every ratio of this module, with where and how it was measured.
+
+    Args:
+        repeats: Pairs of runs a ratio is the median of; of memory, which hardly varies, one pair.
+        keeps: Tokens to keep; encoding is measured at the first.
+        batches: Images encoded together.
+        tower: As for `CLIPVisionConfig`.
+        language: As for `LlamaConfig`.
+        threads: Of torch.
+        seed: Of weights and images.
+
+    Returns:
+        What `report` shows: ``rows`` each with ``name``, ``case``, ``unit``, the medians ``stock`` and ``ours``, ``ratio``
+        (median, min, max, pairs) and ``target``, which is None where a row is for information.
+    """
+    with _torch_threads(threads), torch.inference_mode():
+        rows = [row for batch in batches for row in encoding_memory(tower, language, batch, keeps[0], threads, seed)]
+        rows += encoding_time(tower, language, batches, keeps[0], repeats, seed)
+        rows += prefill_time(tower, language, keeps, repeats, seed)
+        settings = {"repeats": repeats, "seed": seed, "dtype": "float32", "weights": "random"}
+        return {
+            "environment": environment(),
+            "settings": {**settings, "method": HiPruneConfig.type, "tower": tower, "language": language},
+            "rows": rows,
+        }
+
+
+def encoding_time(
+    tower: dict[str, int], language: dict[str, int], batches: Sequence[int], keep: int, repeats: int, seed: int
+) -> list[dict[str, Any]]:
+    """Images to image tokens, one row a batch size."""
+    stock = build_model(tower, language | _TOY_LANGUAGE, seed)
+    pruned = mv.apply(sharing_weights(stock), HiPruneConfig(keep=keep))
+    rows = []
+    for batch in batches:
+        pixels = random_images(tower, batch)
+        pairs = paired(lambda p=pixels: encode(stock, p), lambda p=pixels: encode(pruned, p), repeats)
+        rows.append(_row("encoding time", f"batch {batch}, keep {keep}", "s", pairs))
+    return rows
+
+
+def encoding_memory(
+    tower: dict[str, int], language: dict[str, int], batch: int, keep: int, threads: int, seed: int
+) -> list[dict[str, Any]]:
+    """Peak resident set of a process that encodes ``batch`` images, as a whole and above the loaded model."""
+    peaks = [
+        in_fresh_process(_encoding_peak, tower, language | _TOY_LANGUAGE, batch, method, threads, seed)
+        for method in (None, HiPruneConfig(keep=keep))
+    ]
+    case = f"batch {batch}, keep {keep}"
+    whole, above = [tuple(peak for _, peak in peaks)], [tuple(peak - loaded for loaded, peak in peaks)]
+    return [
+        _row("encoding peak memory", case, "MB", whole),
+        _row("encoding peak memory above the loaded model", case, "MB", above),
+    ]
+
+
+def prefill_time(
+    tower: dict[str, int], language: dict[str, int], keeps: Sequence[int], repeats: int, seed: int
+) -> list[dict[str, Any]]:
+    """Encoded images to first logits, two rows a budget: over a stock prompt of that many tokens, and of all."""
+    stock = build_model(tower | _TOY_TOWER, language, seed)
+    pixels = random_images(tower, 1)
+    everything = torch.randn(1, (tower["image_size"] // tower["patch_size"]) ** 2, language["hidden_size"])
+    stock.model.multi_modal_projector = _FromMemory(everything)
+    pruned = sharing_weights(stock)
+    rows = []
+    for keep in keeps:
+        mv.apply(pruned, HiPruneConfig(keep=keep))
+        kept = encode(pruned, pixels)[0].features
+
+        def ours() -> Tensor:
+            return first_logits(pruned, prompt(everything.shape[1]), pixel_values=pixels)
+
+        for case, features in ((f"{keep} tokens", kept), (f"{keep} over all {everything.shape[1]}", everything[0])):
+            pairs = paired(lambda f=features: first_logits(stock, prompt(len(f)), encoded=f), ours, repeats)
+            rows.append(_row("prefill time" if features is kept else "prefill time over all tokens", case, "s", pairs))
+    return rows
+
+
+def build_model(tower: dict[str, int], language: dict[str, int], seed: int) -> PreTrainedModel:
+    """A stock model with random weights."""
+    torch.manual_seed(seed)
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**tower), text_config=LlamaConfig(**language), image_token_index=IMAGE_ID
+    )
+    config._attn_implementation = "sdpa"
+    return LlavaForConditionalGeneration(config).eval()
+
+
+def sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of ``model`` in everything but its tensors, which both use."""
+    return deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+
+
+def random_images(tower: dict[str, int], batch: int) -> Tensor:
+    """Pixels (B, 3, H, W)."""
+    return torch.randn(batch, 3, tower["image_size"], tower["image_size"])
+
+
+def prompt(placeholders: int) -> Tensor:
+    """Ids (1, L) of a prompt with one image."""
+    text = torch.arange(TEXT_TOKENS) + IMAGE_ID + 1
+    return torch.cat([text[:5], torch.full((placeholders,), IMAGE_ID), text[5:]])[None]
+
+
+def encode(model: PreTrainedModel, pixels: Tensor) -> Any:
+    """Image tokens, of a stock model by its own method, of a model with methods through them."""
+    if hasattr(model, "vision_slots"):
+        return encode_images(model, model.vision_slots, {"pixel_values": pixels})
+    return model.get_image_features(pixel_values=pixels)
+
+
+def first_logits(model: PreTrainedModel, ids: Tensor, *, encoded: Tensor | None = None, **images: Tensor) -> Tensor:
+    """Logits (1, 1, V) after a prompt whose image is ``encoded`` (N, D) already or still to be."""
+    if encoded is not None:
+        images["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=[encoded])}
+    return model(input_ids=ids, attention_mask=torch.ones_like(ids), logits_to_keep=1, **images).logits
+
+
+class _FromMemory(nn.Module):
+    """A projector whose answer is known."""
+
+    def __init__(self, answer: Tensor):
+        super().__init__()
+        self.register_buffer("answer", answer)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.answer
+
+
+def paired(
+    baseline: Callable[[], object], candidate: Callable[[], object], repeats: int, *, warmups: int = 1
+) -> list[tuple[float, float]]:
+    """Seconds of both, called in turn ``repeats`` times after ``warmups`` turns that do not count."""
+    seconds = [(_seconds(baseline), _seconds(candidate)) for _ in range(warmups + repeats)]
+    return seconds[warmups:]
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def peak_memory(run: Callable[[], object]) -> tuple[float, float]:
+    """Resident MB of this process before ``run()`` and at most while it ran.
+
+    Raises:
+        FileNotFoundError: not on Linux, which alone can start the peak anew.
+    """
+    (_PROC / "clear_refs").write_text("5")  # the peak so far is forgotten
+    before = _resident("VmRSS")
+    run()
+    return before, _resident("VmHWM")
+
+
+def _resident(field: str) -> float:
+    lines = dict(line.split(":", 1) for line in (_PROC / "status").read_text().splitlines())
+    return int(lines[field].split()[0]) * 1024 / 1e6
+
+
+def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What ``function`` returns in a Python process of its own, whose memory nothing else has used."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def _encoding_peak(
+    tower: dict[str, int], language: dict[str, int], batch: int, method: Any, threads: int, seed: int
+) -> tuple[float, float]:
+    model = build_model(tower, language, seed)
+    if method is not None:
+        mv.apply(model, method)
+    pixels = random_images(tower, batch)
+    with _torch_threads(threads), torch.inference_mode():
+        return peak_memory(lambda: [encode(model, pixels) for _ in range(2)])
+
+
+@contextmanager
+def _torch_threads(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,119 @@
+"""A recipe: the YAML of a training run, read strictly. Unknown keys are errors that list the known ones."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import TrainingArguments
+
+RECIPES = Path(__file__).parent
+_SET_BY_RECIPE = ("output_dir", "seed", "data_seed")
+
+
+@dataclass(kw_only=True)
+class ModelSpec:
+    """Sizes of a new model: `side` of the picture, fields of `CLIPVisionConfig` and of `LlamaConfig`."""
+
+    side: int
+    vision: dict[str, Any]
+    text: dict[str, Any]
+
+
+@dataclass(kw_only=True)
+class Stage:
+    """What one stage learns, from which scenes, with which parameters.
+
+    Args:
+        objective: "patch_words" (what lies under each patch) or "answers" (questions and captions).
+        trains: Names of submodules whose parameters are trained; all others are frozen.
+        first_scene: Index of the first training scene. Stages with ranges apart see different pictures.
+        turns: For "answers": questions a picture, by family.
+        arguments: Fields of `transformers.TrainingArguments`.
+    """
+
+    name: str
+    objective: str
+    trains: list[str]
+    first_scene: int = 0
+    turns: dict[str, int] = field(default_factory=dict)
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    """A training run. `output` holds checkpoints, finished stages and the final model; `overwrite` starts anew."""
+
+    output: str
+    seed: int
+    model: ModelSpec
+    stages: list[Stage]
+    overwrite: bool = False
+
+
+def recipe_names() -> list[str]:
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def load_recipe(recipe: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        recipe: A name from `recipe_names()` or the path of a YAML file.
+        overrides: `key=value` with a dotted key and a YAML value; a stage is addressed by its name:
+            `stages.tower.arguments.max_steps=10`.
+    """
+    path = Path(recipe) if Path(recipe).suffix in (".yaml", ".yml") else RECIPES / f"{recipe}.yaml"
+    if not path.is_file():
+        raise FileNotFoundError(f"no recipe {recipe!r}; there are {', '.join(recipe_names())}, or name a YAML file")
+    raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for override in overrides:
+        _override(raw, override)
+    fields = dict(_checked(Recipe, raw, str(path)))
+    fields["model"] = ModelSpec(**_checked(ModelSpec, fields["model"], "model"))
+    fields["stages"] = [Stage(**_checked(Stage, stage, "stages")) for stage in fields["stages"]]
+    for stage in fields["stages"]:
+        known = [f.name for f in dataclasses.fields(TrainingArguments) if f.init and f.name not in _SET_BY_RECIPE]
+        _check_keys(stage.arguments, known, f"stages.{stage.name}.arguments")
+    return Recipe(**fields)
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals:
+        raise ValueError(f"an override must look like key=value, got {override!r}")
+    *path, last = key.split(".")
+    node: Any = raw
+    for part in path:
+        if isinstance(node, list):
+            names = [stage["name"] for stage in node]
+            if part not in names:
+                raise ValueError(f"{key}: no stage {part!r}; there are {', '.join(names)}")
+            node = node[names.index(part)]
+        elif isinstance(node, dict) and part in node:
+            node = node[part]
+        else:
+            raise ValueError(f"{key}: unknown key {part!r}; there are {', '.join(map(str, node))}")
+    if not isinstance(node, dict):
+        raise ValueError(f"{key}: {'.'.join(path)} has no keys to override")
+    node[last] = yaml.safe_load(value)
+
+
+def _checked(kind: type, mapping: Any, where: str) -> dict[str, Any]:
+    if not isinstance(mapping, dict):
+        raise ValueError(f"{where} must be a mapping of keys to values, got {type(mapping).__name__}")
+    _check_keys(mapping, [f.name for f in dataclasses.fields(kind)], where)
+    required = [
+        f.name
+        for f in dataclasses.fields(kind)
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if missing := [name for name in required if name not in mapping]:
+        raise ValueError(f"{where} lacks {', '.join(missing)}")
+    return mapping
+
+
+def _check_keys(mapping: dict[str, Any], known: list[str], where: str) -> None:
+    if unknown := sorted(set(mapping) - set(known)):
+        raise ValueError(f"{where}: unknown key {', '.join(unknown)}; valid keys are {', '.join(known)}")

@@ -1,0 +1,201 @@
+"""The training entry point: run the stages of a recipe with the transformers Trainer and write the final model.
+
+A run can be killed and started again at any time: finished stages are kept, an unfinished one goes on from its latest
+checkpoint. A finished run is never overwritten unasked.
+"""
+
+import dataclasses
+import json
+import logging
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from transformers import (
+    AutoProcessor,
+    EvalPrediction,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from mllm_vision.eval.scenes import evaluate_scenes
+from mllm_vision.recipes.objectives import (
+    WORD_GROUPS,
+    AnswerCollator,
+    AnswerScenes,
+    PatchWordCollator,
+    PatchWords,
+    PatchWordScenes,
+)
+from mllm_vision.recipes.recipe import Recipe, Stage, load_recipe
+from mllm_vision.recipes.tiny_model import build_model, build_processor
+
+logger = logging.getLogger(__name__)
+
+_HELD_OUT = 320  # validation scenes looked at during training
+_ASKED = 60  # questions a family during training
+_RECORD = "recipe.yaml"
+
+
+def train(recipe: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Path:
+    """Run a recipe, or go on with it where it stopped.
+
+    Args:
+        recipe: Name of a recipe of the library, or the path of a YAML file.
+        overrides: `key=value` pairs, see `load_recipe`.
+
+    Returns:
+        The folder `<output>/model` with model, tokenizer and processor, ready for `from_pretrained`.
+
+    Raises:
+        FileExistsError: The output holds a finished run, a run of another recipe, or something that is no run.
+    """
+    plan = load_recipe(recipe, overrides)
+    output = Path(plan.output)
+    final = output / "model"
+    _claim(plan, output)
+    set_seed(plan.seed)
+    previous: Path | None = None
+    for stage in plan.stages:
+        done = output / stage.name
+        if not done.is_dir():
+            model, processor = _load(plan, previous)
+            _run_stage(plan, stage, model, processor, done)
+        previous = done
+    if previous is None:
+        raise ValueError(f"recipe {recipe} has no stages")
+    shutil.copytree(previous, final)
+    return final
+
+
+def _claim(plan: Recipe, output: Path) -> None:
+    """Make `output` ours: create it, go on with the same recipe in it, or refuse."""
+    record = output / _RECORD
+    wanted = yaml.safe_dump({**dataclasses.asdict(plan), "overwrite": False}, sort_keys=False)
+    if output.exists() and any(output.iterdir()):
+        if not record.is_file():
+            raise FileExistsError(f"{output} is not empty and holds no training run; choose another output")
+        if plan.overwrite:
+            shutil.rmtree(output)
+        elif (output / "model").exists():
+            raise FileExistsError(f"{output} holds a finished run; pass overwrite=true to replace it")
+        elif record.read_text(encoding="utf-8") != wanted:
+            raise FileExistsError(f"{output} holds an unfinished run of another recipe; pass overwrite=true to drop it")
+    output.mkdir(parents=True, exist_ok=True)
+    record.write_text(wanted, encoding="utf-8")
+
+
+def _load(plan: Recipe, previous: Path | None) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    if previous is not None:
+        return LlavaForConditionalGeneration.from_pretrained(previous), AutoProcessor.from_pretrained(previous)
+    processor = build_processor(plan.model.side, plan.model.vision["patch_size"])
+    return build_model(plan.model.vision, plan.model.text, processor), processor
+
+
+def _run_stage(
+    plan: Recipe, stage: Stage, model: LlavaForConditionalGeneration, processor: LlavaProcessor, done: Path
+) -> None:
+    """Train one stage and leave its model in `done`, which appears only when all of it is written."""
+    checkpoints = done.with_name(f"{stage.name}.checkpoints")
+    arguments = TrainingArguments(
+        **{
+            "report_to": "none",
+            "eval_strategy": "steps",
+            "per_device_eval_batch_size": 32,
+            "save_total_limit": 1,
+            "remove_unused_columns": False,
+            "disable_tqdm": False,
+            **stage.arguments,
+        },
+        output_dir=str(checkpoints),
+        seed=plan.seed,
+    )
+    _freeze_all_but(model, stage.trains)
+    length = arguments.max_steps * arguments.train_batch_size * arguments.gradient_accumulation_steps
+    trainer = _OBJECTIVES[stage.objective](stage, model, processor, arguments, length)
+    started = time.monotonic()
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
+    logger.info("stage %s took %.0f s", stage.name, time.monotonic() - started)
+
+    partial = done.with_name(f"{stage.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.requires_grad_(True)
+    model.save_pretrained(partial)
+    processor.save_pretrained(partial)
+    (partial / "log_history.json").write_text(json.dumps(trainer.state.log_history, indent=1), encoding="utf-8")
+    partial.rename(done)
+    shutil.rmtree(checkpoints)
+
+
+def _patch_words_trainer(
+    stage: Stage,
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    arguments: TrainingArguments,
+    length: int,
+) -> Trainer:
+    side, patch = model.config.vision_config.image_size, model.config.vision_config.patch_size
+    arguments.label_names = ["summary"]
+    return Trainer(
+        PatchWords(model, processor),
+        arguments,
+        data_collator=PatchWordCollator(processor),
+        train_dataset=PatchWordScenes("train", stage.first_scene, length, side, patch),
+        eval_dataset=PatchWordScenes("validation", 0, _HELD_OUT, side, patch),
+        compute_metrics=_patch_word_accuracy,
+    )
+
+
+def _answers_trainer(
+    stage: Stage,
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    arguments: TrainingArguments,
+    length: int,
+) -> Trainer:
+    side = model.config.vision_config.image_size
+    arguments.prediction_loss_only = True
+    return AnswerTrainer(
+        model,
+        arguments,
+        data_collator=AnswerCollator(processor),
+        train_dataset=AnswerScenes("train", stage.first_scene, length, side, stage.turns),
+        eval_dataset=AnswerScenes("validation", 0, _HELD_OUT, side, stage.turns),
+        processing_class=processor,
+    )
+
+
+_OBJECTIVES = {"patch_words": _patch_words_trainer, "answers": _answers_trainer}
+
+
+class AnswerTrainer(Trainer):
+    """A Trainer whose evaluation also asks questions about held-out scenes and scores the generated answers."""
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        metrics = super().evaluate(*args, **kwargs)
+        scores = evaluate_scenes(self.model, self.processing_class, split="validation", n_per_family=_ASKED)
+        answered = {
+            f"eval_{family}": score["f1" if family.startswith("existence") else "accuracy"]
+            for family, score in scores.items()
+        }
+        self.log(answered)
+        return {**metrics, **answered}
+
+
+def _patch_word_accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    right, of = np.moveaxis(np.asarray(prediction.predictions).sum(0), -1, 0)
+    return {group: float(right[i] / max(of[i], 1)) for i, group in enumerate(WORD_GROUPS)}
+
+
+def _freeze_all_but(model: torch.nn.Module, names: list[str]) -> None:
+    model.requires_grad_(False)
+    for name in names:
+        model.get_submodule(name).requires_grad_(True)
