@@ -12,7 +12,7 @@ from mllm_vision import auto
 
 if TYPE_CHECKING:
     from mllm_vision.api import apply, inspect_tokens, load, remove, using
-    from mllm_vision.methods import methods
+    from mllm_vision.registry import methods
 
 __all__ = ["apply", "inspect_tokens", "load", "methods", "remove", "using"]
 
@@ -33,4 +33,4 @@ def __getattr__(name: str) -> Any:
     """The public verbs, imported on first use so that `import mllm_vision` stays cheap."""
     if name not in __all__:
         raise AttributeError(f"module 'mllm_vision' has no attribute {name!r}")
-    return getattr(import_module("mllm_vision.methods" if name == "methods" else "mllm_vision.api"), name)
+    return getattr(import_module("mllm_vision.registry" if name == "methods" else "mllm_vision.api"), name)

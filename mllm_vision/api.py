@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from mllm_vision.auto import slotted_config
 from mllm_vision.encoding import encode_images
 from mllm_vision.host import adapter_for, adapters
-from mllm_vision.methods import MethodConfig
+from mllm_vision.registry import MethodConfig
 from mllm_vision.slots import Slots, restored, stored
 from mllm_vision.slotted import SlottedModel, require_weights, slotted_model
 from mllm_vision.tokens import Roles

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from mllm_vision.methods import MethodConfig
+from mllm_vision.registry import MethodConfig
 from mllm_vision.tokens import Evidence, VisualTokens
 
 
@@ -97,17 +97,16 @@ class KeepConfig(MethodConfig, ABC, kind="reducer"):
         """The operation, for a tower that `check` accepted."""
 
 
-def coarse_grid(grid: tuple[int, int], most: int, *, distortion: float = 1.25) -> tuple[int, int]:
-    """The (h, w) with the most cells, at most ``most``, whose aspect differs from the (H, W) grid's by ``distortion`` at most.
+def coarse_grid(grid: tuple[int, int], most: int, *, distortion: float = 4 / 3) -> tuple[int, int]:
+    """The (h, w) with the most cells, at most ``most``, and an aspect within ``distortion`` of the (H, W) grid's.
 
     Where no such grid exists (a grid far from square and a handful of cells), the least distorted one.
     """
     height, width = grid
     fits = []
     for h in range(1, min(height, most) + 1):
-        w = min(width, most // h)
-        fits.append((abs(math.log(w * height / (h * width))), h, w))
-    near = [(h * w, -bend, h, w) for bend, h, w in fits if bend <= math.log(distortion)]
-    if near:
-        return max(near)[2:]
-    return min(fits)[1:]
+        widest = min(width, most // h)
+        for w in {widest, min(widest, max(1, h * width // height)), min(widest, -(-h * width // height))}:
+            fits.append((abs(math.log(w * height / (h * width))), -h * w, h, w))
+    near = [fit for fit in fits if fit[0] <= math.log(distortion) + 1e-9]
+    return min(near, key=lambda fit: (fit[1], fit))[2:] if near else min(fits)[2:]

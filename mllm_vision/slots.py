@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from transformers import PreTrainedConfig
 
 from mllm_vision.host import adapter_for
-from mllm_vision.methods import MethodConfig
 from mllm_vision.operations import ImageOperation, KeepConfig, TokenOperation
+from mllm_vision.registry import MethodConfig
 from mllm_vision.tokens import Evidence
 
 CONFIG_VERSION = 1
@@ -38,7 +38,8 @@ class Slots(nn.Module):
     @property
     def requests(self) -> list[Evidence]:
         """The evidence that the operations need, each once."""
-        return list(dict.fromkeys(request for operation in self.operations for request in operation.requests))
+        operations = cast(Iterable[TokenOperation], self.operations)
+        return list(dict.fromkeys(request for operation in operations for request in operation.requests))
 
     def grid(self, grid: tuple[int, int], tiles: int) -> tuple[int, int]:
         """The (h, w) grid on which the tower sees each tile of an image whose stock grid is ``grid``."""

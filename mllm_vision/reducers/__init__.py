@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from mllm_vision.methods import exported
+from mllm_vision.registry import exported
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Top-k by CLS attention: keep the patches that the tower's CLS token looks at, the common core of many pruning methods.
+"""Top-k by CLS attention: keep the patches that the tower's CLS token looks at, the core of many pruning methods.
 
 Paper: the selection step of FasterVLM, arXiv 2412.01818, and of VisionZip's dominant tokens, arXiv 2412.04467.
 

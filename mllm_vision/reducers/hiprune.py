@@ -3,10 +3,10 @@
 Paper: Training-free token pruning by hierarchical attention, arXiv 2508.00553.
 Code: github.com/Danielement321/HiPrune @ 6e83a12 (MIT).
 
-Differs: neighbours are found on the grid (the authors add 1 and W to the flat index, so that a neighbour can wrap to the
-next row; ``neighbours="flat"`` does the same); the budget belongs to an image whatever the batch, and by default to the
-image as a whole rather than to each of its tiles; patches that a host cuts away as padding are never chosen; works on
-any grid, where the authors write 24 and 576. The number of anchors follows their code, round(K * alpha / 5).
+Differs: neighbours are found on the grid (the authors add 1 and W to the flat index, so that a neighbour can wrap to
+the next row; ``neighbours="flat"`` does the same); the budget belongs to an image whatever the batch, and by default
+to the image as a whole rather than to each of its tiles; patches that a host cuts away as padding are never chosen;
+works on any grid, where the authors write 24 and 576. The number of anchors follows their code, round(K * alpha / 5).
 
 Shapes: B images, P patches, (H, W) grid, T tiles.
 """
@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mllm_vision.methods import one_of
+from mllm_vision.registry import one_of
 from mllm_vision.operations import KeepConfig, TokenOperation, TowerFacts
 from mllm_vision.tokens import AttentionReceived, Roles, VisualTokens
 

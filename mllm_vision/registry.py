@@ -1,14 +1,14 @@
 """Method configs: what a user types, what `config.json` stores, and how the methods are found.
 
-A method is one file in `reducers/`, `projectors/`, `towers/` or `decoding/`, or a module that a third party names in the
-entry-point group ``mllm_vision.methods``. Nothing else lists it.
+A method is one file in `reducers/`, `projectors/`, `towers/` or `decoding/`, or a module that a third party names in
+the entry-point group ``mllm_vision.methods``. Nothing else lists it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
+import importlib.util
 import pkgutil
 from dataclasses import MISSING, dataclass
 from importlib.metadata import entry_points
