@@ -26,12 +26,6 @@ class LlavaAdapter(Adapter):
     config_name = "LlavaConfig"
     model_name = "LlavaForConditionalGeneration"
     image_inputs = ("pixel_values", "image_sizes", "vision_feature_layer", "vision_feature_select_strategy")
-    lora_targets = {
-        "language": r".*language_model.*\.(q|k|v|o|gate|up|down)_proj",
-        "tower": r".*vision_tower.*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)",
-        "projector": r".*multi_modal_projector\.linear_[12]",
-    }
-    never_quantise = ("vision_tower", "multi_modal_projector", "lm_head")
 
     def facts(self, config: PreTrainedConfig) -> TowerFacts:
         vision = config.vision_config

@@ -26,12 +26,6 @@ class Qwen25VLAdapter(Adapter):
     model_name = "Qwen2_5_VLForConditionalGeneration"
     image_inputs = ("pixel_values", "image_grid_thw")
     keeps_positions = True
-    lora_targets = {
-        "language": r".*language_model.*\.(q|k|v|o|gate|up|down)_proj",
-        "tower": r".*visual\.blocks.*\.(qkv|proj|gate_proj|up_proj|down_proj)",
-        "projector": r".*visual\.merger\.mlp\.[02]",
-    }
-    never_quantise = ("visual", "lm_head")
 
     def facts(self, config: PreTrainedConfig) -> TowerFacts:
         depth = config.vision_config.depth

@@ -1,6 +1,6 @@
 """Registration of the slotted architectures with the Auto classes, at the moment when they can be needed.
 
-`import transformers` does not load torch, and neither shall `import mllm_vision`: configs are registered right after
+`import transformers` does not load torch, and neither shall `import mllm_vision`: configs are registered as soon as
 someone loads `AutoConfig`, a model class when the first of its configs is created.
 """
 
@@ -21,10 +21,11 @@ if TYPE_CHECKING:
     from mllm_vision.host import Adapter
 
 AUTO_CONFIG = "transformers.models.auto.configuration_auto"
+AUTO_MODEL = "transformers.models.auto.modeling_auto"
 
 
 def register() -> None:
-    """Register every slotted architecture: now where `AutoConfig` is loaded, else right after it is."""
+    """Register every slotted architecture: now where `AutoConfig` is loaded, else as soon as it is."""
     if AUTO_CONFIG in sys.modules:
         _register_configs()
     elif not any(isinstance(finder, _AfterAutoConfig) for finder in sys.meta_path):
@@ -32,23 +33,38 @@ def register() -> None:
 
 
 class _AfterAutoConfig(importlib.abc.MetaPathFinder):
-    """Lets the module of `AutoConfig` load as it would, registers the configs, and is gone."""
+    """Lets the config modules of transformers load as they would; once `AutoConfig` is there, registers and is gone.
+
+    Configs import one another and the Auto classes in circles, so registration waits until none is half loaded.
+    """
+
+    def __init__(self) -> None:
+        self.loading: set[str] = set()
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != AUTO_CONFIG:
+        package, _, module = fullname.rpartition(".")
+        watched = fullname == AUTO_MODEL or module.startswith("configuration_")
+        if not package.startswith("transformers.models.") or not watched or fullname in self.loading:
             return None
-        sys.meta_path.remove(self)
+        self.loading.add(fullname)
         spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            load = spec.loader.exec_module
+        if spec is None or spec.loader is None:
+            self.loading.discard(fullname)
+            return spec
+        execute = spec.loader.exec_module
 
-            def load_and_register(module: ModuleType) -> None:
-                load(module)
+        def execute_and_register(loaded: ModuleType) -> None:
+            try:
+                execute(loaded)
+            finally:
+                self.loading.discard(fullname)
+            if AUTO_CONFIG in sys.modules and not self.loading and self in sys.meta_path:
+                sys.meta_path.remove(self)
                 _register_configs()
 
-            spec.loader.exec_module = load_and_register  # type: ignore[method-assign]
+        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
 
 
@@ -78,7 +94,7 @@ class SlottedConfig:
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # type: ignore[misc]
-        _register_model(type(self))  # type: ignore[arg-type]
+        _register_model(type(self))
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -73,17 +73,18 @@ class Encoded:
 class Adapter(ABC):
     """Everything that is particular to one host family. Stateless; every method takes the model it speaks of.
 
-    Class attributes: `model_type` and the stock classes by name; `image_inputs`, the inputs that describe images, the
-    pixels first; `keeps_positions`, whether kept tokens retain their positions (they close up otherwise); `lora_targets`, the linear layers that LoRA adapts, by part; `never_quantise`, modules to leave alone.
+    Attributes:
+        model_type: The stock model type.
+        config_name, model_name: The stock classes, by their names in transformers.
+        image_inputs: Names of the inputs that describe images, the pixels first.
+        keeps_positions: Whether kept tokens retain their positions; where not, positions close up.
     """
 
-    model_type: ClassVar[str]
-    config_name: ClassVar[str]
-    model_name: ClassVar[str]
-    image_inputs: ClassVar[tuple[str, ...]]
-    keeps_positions: ClassVar[bool] = False
-    lora_targets: ClassVar[dict[str, str]]
-    never_quantise: ClassVar[tuple[str, ...]]
+    model_type: str
+    config_name: str
+    model_name: str
+    image_inputs: tuple[str, ...]
+    keeps_positions: bool = False
 
     @property
     def slotted_type(self) -> str:
@@ -134,6 +135,7 @@ class Adapter(ABC):
 
     def after_fit(self, model: PreTrainedModel, inputs: dict[str, Any], *, generating: bool) -> None:
         """Bring what the stock model expects or remembers of a prompt into line with the fitted ``inputs``."""
+        return
 
 
 @cache

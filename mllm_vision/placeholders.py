@@ -55,7 +55,8 @@ def fit_columns(
         slots: n_i ascending placeholders of image i, each in 0..S_i - 1, that its tokens stand on; a placeholder that
             carries several tokens is named as often.
 
-    Padding is trimmed to the longest fitted prompt and stays on its side: right where the caller padded right, else left.
+    Padding is trimmed to the longest fitted prompt and stays on its side: right where the caller padded right, left
+    otherwise.
 
     Raises:
         ValueError: the prompts hold more or fewer placeholders than the images need.
@@ -64,9 +65,9 @@ def fit_columns(
     in_rows = marked.sum(1).tolist()
     if sum(in_rows) != sum(sizes):
         raise ValueError(
-            f"the prompts hold {sum(in_rows)} image placeholders (by prompt: {in_rows}), but the {len(sizes)} images need "
-            f"{sum(sizes)} (by image: {list(sizes)}); pass one image for each <image> mark, and let the model's own "
-            "processor expand the marks"
+            f"the prompts hold {sum(in_rows)} image placeholders (by prompt: {in_rows}), but the {len(sizes)} images "
+            f"need {sum(sizes)} (by image: {list(sizes)}); pass one image for each <image> mark, and let the "
+            "model's own processor expand the marks"
         )
     repeats = (~marked).long()
     if slots:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedConfig
+from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -28,7 +28,7 @@ from mllm_vision.slots import Slots, restored
 class PromptPrefix:
     """What a cache holds of an earlier prompt.
 
-    Kept on the cache as ``visual_prefix``, so that the next turn of a conversation finds it, in copies of the cache, too.
+    Kept on the cache as ``visual_prefix``, where the next turn of a conversation finds it, in copies of the cache, too.
 
     Args:
         length: Columns of the prompt as the caller wrote it.
@@ -39,8 +39,11 @@ class PromptPrefix:
     fitted: dict[str, Tensor] = field(default_factory=dict)
 
 
-class SlottedModel:
-    """Mixed in before a stock model class: fits the prompt to what the slots made of the images, then calls stock code."""
+class SlottedModel(PreTrainedModel, GenerationMixin):
+    """Mixed in before a stock model class: fits the prompt to what the slots made of the images, then runs stock code.
+
+    Nothing is filled in as long as `vision_slots` has no methods, and everything is stock.
+    """
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
@@ -49,13 +52,13 @@ class SlottedModel:
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """As the stock class, but a weight that the checkpoint lacks is an error, never a random layer."""
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         require_weights(info)
         return (model, info) if output_loading_info else model
 
     def _forward(self, **inputs: Any) -> Any:
         """The stock forward pass over the fitted prompt; logits have the fitted length M."""
-        return super().forward(**self._fitted(inputs, generating=False))  # type: ignore[misc]
+        return super().forward(**self._fitted(inputs, generating=False))
 
     @torch.no_grad()
     def generate(
@@ -71,7 +74,7 @@ class SlottedModel:
         Logits processors and stopping criteria see the fitted prompt, which is shorter. A `max_length` or `min_length`
         allows as many new tokens as it would without pruning.
         """
-        stock = super().generate  # type: ignore[misc]
+        stock = super().generate
         prompt = kwargs.pop("input_ids", None) if inputs is None else inputs
         cache = kwargs.get("past_key_values")
         prefix = getattr(cache, "visual_prefix", None) if cache is not None and cache.get_seq_length() else None
@@ -107,13 +110,13 @@ class SlottedModel:
             raise ValueError("images need input_ids, whose placeholders say where they stand; got inputs_embeds only")
         if mask is not None and mask.dim() != 2:
             raise ValueError(f"attention_mask must be (batch, length) to fit a prompt, got {tuple(mask.shape)}")
-        encoded = encode_images(self, self.vision_slots, images)  # type: ignore[arg-type]
+        encoded = encode_images(self, self.vision_slots, images)
         fit = fit_columns(
             ids, mask, self.config.image_token_id, [i.placeholders for i in encoded], [i.slots for i in encoded]
         )
         fitted = {name: value for name, value in inputs.items() if name not in adapter.image_inputs}
         if inputs.get("position_ids") is None:
-            fitted["position_ids"] = adapter.positions(self, inputs)  # type: ignore[arg-type]
+            fitted["position_ids"] = adapter.positions(self, inputs)
         if mask is None and bool(fit.padded.any()):
             fitted["attention_mask"] = torch.ones_like(ids)
         for name, pad_value in {"input_ids": self._pad_id(), **PAD_VALUES}.items():
@@ -121,7 +124,7 @@ class SlottedModel:
                 fitted[name] = fit.apply(fitted[name], pad_value)
         features = [image.features for image in encoded]
         fitted["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=features)}
-        adapter.after_fit(self, fitted, generating=generating)  # type: ignore[arg-type]
+        adapter.after_fit(self, fitted, generating=generating)
         return fitted
 
     def _fitted_turn(self, inputs: dict[str, Any], prefix: PromptPrefix | None) -> dict[str, Any]:
@@ -138,10 +141,9 @@ class SlottedModel:
         if inputs.get(adapter.image_inputs[0]) is not None:
             if adapter.keeps_positions or "input_ids" not in whole:
                 raise ValueError(
-                    "a new image in a later turn of a cached conversation needs the ids of the whole conversation and a "
-                    f"host whose positions are one-dimensional, which {adapter.model_type} "
-                    + ("is not" if adapter.keeps_positions else "is")
-                    + "; start the turn without past_key_values"
+                    f"{adapter.model_type} takes no new image in a later turn of a cached conversation"
+                    if adapter.keeps_positions
+                    else "a new image in a later turn needs the ids of the whole conversation, got the new ones only"
                 )
             turn = self._fitted(turn, generating=True)
         return {**turn, **{name: torch.cat([prefix.fitted[name], turn[name]], dim=1) for name in whole}}

@@ -1,6 +1,6 @@
 """The core type: visual tokens of images that share one grid, and the evidence a method may ask for.
 
-Shapes: B images, T tiles an image, (H, W) patches a tile, P = T * H * W patches an image, N tokens an image, C channels.
+Shapes: B images, T tiles an image, (H, W) patches a tile, P = T * H * W patches and N tokens an image, C channels.
 Patches are numbered row-major within a tile, tile after tile: patch p lies in tile ``p // (H * W)``.
 """
 
