@@ -9,6 +9,7 @@ import yaml
 from transformers import TrainingArguments
 
 RECIPES = Path(__file__).parent
+OBJECTIVES = ("patch_words", "answers")
 _SET_BY_RECIPE = ("output_dir", "seed", "data_seed")
 
 
@@ -40,16 +41,31 @@ class Stage:
     turns: dict[str, int] = field(default_factory=dict)
     arguments: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
+
 
 @dataclass(kw_only=True)
 class Recipe:
-    """A training run. `output` holds checkpoints, finished stages and the final model; `overwrite` starts anew."""
+    """A training run.
+
+    Args:
+        output: Folder of checkpoints, finished stages and the final model.
+        scored_per_family: Test questions per family for the model card.
+        overwrite: Drop what an earlier run left in `output`.
+    """
 
     output: str
     seed: int
     model: ModelSpec
     stages: list[Stage]
+    scored_per_family: int = 500
     overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise ValueError("a recipe needs at least one stage")
 
 
 def recipe_names() -> list[str]:
@@ -72,6 +88,8 @@ def load_recipe(recipe: str | Path, overrides: list[str] | tuple[str, ...] = ())
         _override(raw, override)
     fields = dict(_checked(Recipe, raw, str(path)))
     fields["model"] = ModelSpec(**_checked(ModelSpec, fields["model"], "model"))
+    if not isinstance(fields["stages"], list):
+        raise ValueError(f"stages must be a list, got {type(fields['stages']).__name__}")
     fields["stages"] = [Stage(**_checked(Stage, stage, "stages")) for stage in fields["stages"]]
     for stage in fields["stages"]:
         known = [f.name for f in dataclasses.fields(TrainingArguments) if f.init and f.name not in _SET_BY_RECIPE]

@@ -6,7 +6,6 @@ checkpoint. A finished run is never overwritten unasked.
 
 import dataclasses
 import json
-import logging
 import shutil
 import time
 from pathlib import Path
@@ -35,12 +34,11 @@ from mllm_vision.recipes.objectives import (
     PatchWords,
     PatchWordScenes,
 )
+from mllm_vision.recipes.publish import STAGE_RECORD, publish
 from mllm_vision.recipes.recipe import Recipe, Stage, load_recipe
 from mllm_vision.recipes.tiny_model import build_model, build_processor
 
-logger = logging.getLogger(__name__)
-
-_HELD_OUT = 320  # validation scenes looked at during training
+_HELD_OUT = 160  # validation scenes looked at during training
 _ASKED = 60  # questions a family during training
 _RECORD = "recipe.yaml"
 
@@ -63,16 +61,14 @@ def train(recipe: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Pa
     final = output / "model"
     _claim(plan, output)
     set_seed(plan.seed)
-    previous: Path | None = None
+    stages: list[Path] = []
     for stage in plan.stages:
         done = output / stage.name
         if not done.is_dir():
-            model, processor = _load(plan, previous)
+            model, processor = _load(plan, stages[-1] if stages else None)
             _run_stage(plan, stage, model, processor, done)
-        previous = done
-    if previous is None:
-        raise ValueError(f"recipe {recipe} has no stages")
-    shutil.copytree(previous, final)
+        stages.append(done)
+    publish(plan, Path(recipe).stem, stages, final)
     return final
 
 
@@ -113,6 +109,7 @@ def _run_stage(
             "save_total_limit": 1,
             "remove_unused_columns": False,
             "disable_tqdm": False,
+            "dataloader_pin_memory": torch.cuda.is_available(),
             **stage.arguments,
         },
         output_dir=str(checkpoints),
@@ -121,16 +118,23 @@ def _run_stage(
     _freeze_all_but(model, stage.trains)
     length = arguments.max_steps * arguments.train_batch_size * arguments.gradient_accumulation_steps
     trainer = _OBJECTIVES[stage.objective](stage, model, processor, arguments, length)
+    latest = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
     started = time.monotonic()
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
-    logger.info("stage %s took %.0f s", stage.name, time.monotonic() - started)
+    trainer.train(resume_from_checkpoint=latest)
+    record = {
+        "name": stage.name,
+        "steps": trainer.state.global_step,
+        "pictures": length,
+        "seconds": None if latest else round(time.monotonic() - started),  # a resumed run has no one wall time
+        "curve": _held_out_curve(trainer.state.log_history),
+    }
 
     partial = done.with_name(f"{stage.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.requires_grad_(True)
     model.save_pretrained(partial)
     processor.save_pretrained(partial)
-    (partial / "log_history.json").write_text(json.dumps(trainer.state.log_history, indent=1), encoding="utf-8")
+    (partial / STAGE_RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
     partial.rename(done)
     shutil.rmtree(checkpoints)
 
@@ -193,6 +197,17 @@ class AnswerTrainer(Trainer):
 def _patch_word_accuracy(prediction: EvalPrediction) -> dict[str, float]:
     right, of = np.moveaxis(np.asarray(prediction.predictions).sum(0), -1, 0)
     return {group: float(right[i] / max(of[i], 1)) for i, group in enumerate(WORD_GROUPS)}
+
+
+def _held_out_curve(log_history: list[dict[str, float]]) -> list[dict[str, float]]:
+    """What evaluation logged, one row a step, without the timings."""
+    rows: dict[float, dict[str, float]] = {}
+    for entry in log_history:
+        scores = {key.removeprefix("eval_"): value for key, value in entry.items() if key.startswith("eval_")}
+        if scores:
+            rows.setdefault(entry["step"], {"step": entry["step"]}).update(scores)
+    timings = ("runtime", "samples_per_second", "steps_per_second")
+    return [{key: value for key, value in row.items() if key not in timings} for row in rows.values()]
 
 
 def _freeze_all_but(model: torch.nn.Module, names: list[str]) -> None:

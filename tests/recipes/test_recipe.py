@@ -1,0 +1,55 @@
+"""Recipes are read strictly: what is misspelt is named, with what would have been right."""
+
+import pytest
+import yaml
+
+from mllm_vision.recipes.recipe import RECIPES, load_recipe, recipe_names
+
+
+def test_every_recipe_of_the_library_loads_and_explains_itself():
+    assert "tiny_llava_scenes" in recipe_names()
+    for name in recipe_names():
+        recipe = load_recipe(name)
+        assert recipe.stages
+        manual = (RECIPES / f"{name}.yaml").read_text().split("\noutput:")[0]
+        assert f"mllm-vision train {name}" in manual
+        assert "Hardware" in manual
+
+
+def test_overrides_reach_a_stage_by_its_name():
+    recipe = load_recipe("tiny_llava_scenes", ["seed=3", "stages.tower.arguments.max_steps=7", "output=elsewhere"])
+    assert (recipe.seed, recipe.output) == (3, "elsewhere")
+    assert recipe.stages[0].arguments["max_steps"] == 7
+    assert recipe.stages[1].arguments == load_recipe("tiny_llava_scenes").stages[1].arguments
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("sed=3", "unknown key sed; valid keys are output, seed, model, stages"),
+        ("stages.towr.arguments.max_steps=7", "no stage 'towr'; there are tower, language"),
+        ("stages.tower.max_step=7", "unknown key max_step; valid keys are name, objective, trains"),
+        ("stages.tower.arguments.max_step=7", "unknown key max_step; valid keys are .*max_steps"),
+        ("stages.tower.arguments.output_dir=x", "unknown key output_dir"),
+        ("model.visoin.hidden_size=7", "unknown key 'visoin'; there are side, vision, text"),
+        ("stages=3", "stages must be a list"),
+        ("stages.tower.objective=words", "objective must be one of patch_words, answers, got 'words'"),
+        ("seed", "must look like key=value"),
+    ],
+)
+def test_a_wrong_override_is_an_error_that_lists_the_right_ones(override, message):
+    with pytest.raises(ValueError, match=message):
+        load_recipe("tiny_llava_scenes", [override])
+
+
+def test_an_unknown_recipe_lists_those_there_are():
+    with pytest.raises(FileNotFoundError, match=r"no recipe 'tiny'; there are .*tiny_llava_scenes"):
+        load_recipe("tiny")
+
+
+def test_a_recipe_that_lacks_a_key_says_which(tmp_path):
+    raw = yaml.safe_load((RECIPES / "tiny_llava_scenes.yaml").read_text())
+    del raw["stages"][0]["trains"]
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(raw))
+    with pytest.raises(ValueError, match="stages lacks trains"):
+        load_recipe(tmp_path / "mine.yaml")
