@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 from mllm_vision.auto import slotted_config
 from mllm_vision.encoding import encode_images
-from mllm_vision.host import adapter_for, adapters
+from mllm_vision.host import SLOTTED_PREFIX, adapter_for, adapters
 from mllm_vision.registry import MethodConfig
 from mllm_vision.slots import Slots, restored, stored
 from mllm_vision.slotted import SlottedModel, require_weights, slotted_model
@@ -69,6 +69,11 @@ def apply(model: Model, *methods: MethodConfig) -> Model:
     slots = Slots(methods, host.config)
     if not isinstance(host, SlottedModel):
         adapter = adapter_for(host.config)
+        if type(host) is not adapter.stock_model:
+            raise ValueError(
+                f"methods plug into an instance of {adapter.model_name} itself, got its subclass {type(host).__name__};"
+                " apply them before anything that changes the class (FSDP)"
+            )
         _change_class(host, slotted_model(adapter))
         host.config.__class__ = slotted_config(adapter)
     host.vision_slots = slots.train(host.training)
@@ -164,10 +169,11 @@ def find_host(model: nn.Module) -> PreTrainedModel:
     Raises:
         ValueError: there is none; the message lists the supported ones.
     """
-    stock = tuple(adapter.stock_model for adapter in adapters().values())
     for module in model.modules():
-        if isinstance(module, stock):
-            return module
+        if isinstance(module, PreTrainedModel):
+            adapter = adapters().get(module.config.model_type.removeprefix(SLOTTED_PREFIX))
+            if adapter is not None and isinstance(module, adapter.stock_model):
+                return module
     names = ", ".join(sorted(adapter.model_name for adapter in adapters().values()))
     raise ValueError(f"{type(model).__name__} is not a supported host and wraps none; supported are {names}")
 
@@ -176,7 +182,7 @@ def _change_class(host: PreTrainedModel, cls: type) -> None:
     """Give ``host`` another class; a device hook of accelerate, which holds on to the old forward, is put on anew."""
     hook = getattr(host, "_hf_hook", None)
     if hook is None and "forward" in vars(host):
-        raise ValueError("something has replaced this model's forward (accelerator.prepare?); apply methods before it")
+        raise ValueError("this model's forward has been replaced (by accelerator.prepare?); apply methods before that")
     if hook is not None:
         remove_hook_from_module(host)
         del host.forward

@@ -105,6 +105,8 @@ class SlottedModel(PreTrainedModel, GenerationMixin):
         images = {name: inputs[name] for name in adapter.image_inputs if inputs.get(name) is not None}
         if adapter.image_inputs[0] not in images or not self.vision_slots.methods:
             return inputs
+        if inputs.get("pixel_values_videos") is not None:
+            raise ValueError("images and videos in one call are not supported with methods plugged in; split the call")
         ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
         if ids is None:
             raise ValueError("images need input_ids, whose placeholders say where they stand; got inputs_embeds only")
