@@ -78,7 +78,7 @@ class SlottedModel(PreTrainedModel, GenerationMixin):
         prompt = kwargs.pop("input_ids", None) if inputs is None else inputs
         cache = kwargs.get("past_key_values")
         prefix = getattr(cache, "visual_prefix", None) if cache is not None and cache.get_seq_length() else None
-        if prompt is None or (kwargs.get("pixel_values") is None and prefix is None):
+        if prompt is None or (prefix is None and not self._reduces(kwargs)):
             return stock(prompt, generation_config, streamer=streamer, **kwargs)
         fitted = self._fitted_turn({"input_ids": prompt, **kwargs}, prefix)
         fitted |= self._shifted_limits(generation_config, fitted, fitted["input_ids"].shape[1] - prompt.shape[1])
@@ -99,12 +99,17 @@ class SlottedModel(PreTrainedModel, GenerationMixin):
         out.sequences = sequences
         return out
 
+    def _reduces(self, inputs: dict[str, Any]) -> bool:
+        """Whether there are images in ``inputs`` and methods to reduce them."""
+        pixels = adapter_for(self.config).image_inputs[0]
+        return inputs.get(pixels) is not None and bool(self.vision_slots.methods)
+
     def _fitted(self, inputs: dict[str, Any], *, generating: bool) -> dict[str, Any]:
         """``inputs`` with the images encoded and reduced, and the prompt fitted to them."""
+        if not self._reduces(inputs):
+            return inputs
         adapter = adapter_for(self.config)
         images = {name: inputs[name] for name in adapter.image_inputs if inputs.get(name) is not None}
-        if adapter.image_inputs[0] not in images or not self.vision_slots.methods:
-            return inputs
         if inputs.get("pixel_values_videos") is not None:
             raise ValueError("images and videos in one call are not supported with methods plugged in; split the call")
         ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
@@ -140,7 +145,7 @@ class SlottedModel(PreTrainedModel, GenerationMixin):
         # As in stock `generate`, ids that are shorter than the mask are the new ones only.
         whole = [name for name in prefix.fitted if name in inputs and inputs[name].shape[1] == length]
         turn = {**inputs, **{name: inputs[name][:, prefix.length :] for name in whole}}
-        if inputs.get(adapter.image_inputs[0]) is not None:
+        if self._reduces(inputs):
             if adapter.keeps_positions or "input_ids" not in whole:
                 raise ValueError(
                     f"{adapter.model_type} takes no new image in a later turn of a cached conversation"
