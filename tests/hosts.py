@@ -37,8 +37,12 @@ from transformers import (
     SiglipImageProcessorPil,
     SiglipVisionConfig,
 )
+from transformers.image_processing_utils import select_best_resolution
+from transformers.models.llava_next.modeling_llava_next import unpad_image
 
 PATCH = 14
+GAIN = 1.2
+"""Spread of the weights: attention is far from uniform, yet rounding does not grow from layer to layer."""
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 SENTENCES = (
     "What is left of the red circle?",
@@ -57,12 +61,15 @@ class Host:
         build: Makes the model, random but always the same.
         build_processor: Makes the stock processor that belongs to it.
         image_mark: What stands for an image in a prompt.
+        placeholders: Makes, from the processor's output and the number of an image, what the stock host puts on each of
+            that image's placeholders: the number of a patch, or None for a CLS or newline token.
         has_cls: Whether the tower has a CLS token.
     """
 
     name: str
     build: Callable[[], PreTrainedModel]
     build_processor: Callable[[], ProcessorMixin]
+    placeholders: Callable[[BatchFeature, int], list[int | None]]
     image_mark: str = "<image>"
     has_cls: bool = True
 
@@ -97,11 +104,12 @@ def _built(host: Host) -> PreTrainedModel:
     torch.manual_seed(0)
     model = host.build().eval()
     for name, parameter in model.named_parameters():
-        # Twice the usual spread: attention is far from uniform, and greedy choices are clear of rounding.
         if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=2 / parameter[0].numel() ** 0.5)
+            torch.nn.init.normal_(parameter, std=GAIN / parameter[0].numel() ** 0.5)
         elif name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.1)
+    with torch.no_grad():  # as a trained model, it never says <image>
+        model.lm_head.weight[list(host.processor.tokenizer.added_tokens_decoder)] = 0
     return model
 
 
@@ -187,6 +195,10 @@ def _llava(tower: CLIPVisionConfig | SiglipVisionConfig, layer: int | list[int],
     return LlavaForConditionalGeneration(config)
 
 
+def _llava_placeholders(*, cls: bool) -> list[int | None]:
+    return [None] * cls + list(range(36))
+
+
 def _llava_processor(*, cls: bool, strategy: str) -> ProcessorMixin:
     size = {"height": 84, "width": 84}
     if cls:
@@ -213,6 +225,16 @@ def _llava_next() -> PreTrainedModel:
         image_grid_pinpoints=PINPOINTS,
     )
     return LlavaNextForConditionalGeneration(config)
+
+
+def _llava_next_placeholders(inputs: BatchFeature, image: int) -> list[int | None]:
+    """The base tile, then the rows of the mosaic without its padding, each closed by a newline token."""
+    size = inputs["image_sizes"][image].tolist()
+    height, width = select_best_resolution(size, PINPOINTS)
+    tiles = 1 + torch.arange(height // 56 * width // 56).view(height // 56, width // 56)
+    numbers = tiles[:, None, :, None] * 16 + torch.arange(16).view(1, 4, 1, 4)
+    mosaic = unpad_image(numbers.reshape(1, height // PATCH, width // PATCH), size)[0]
+    return [*range(16), *(patch for row in mosaic.tolist() for patch in (*row, None))]
 
 
 def _llava_next_processor() -> ProcessorMixin:
@@ -261,6 +283,11 @@ def _qwen() -> PreTrainedModel:
     return Qwen2_5_VLForConditionalGeneration(config)
 
 
+def _qwen_placeholders(inputs: BatchFeature, image: int) -> list[int | None]:
+    """Row by row, one token for 2 x 2 patches."""
+    return list(range(int(inputs["image_grid_thw"][image].prod()) // 4))
+
+
 class _ImagesOnlyProcessor(Qwen2_5_VLProcessor):
     """The stock processor without its video processor, which cannot be made where torchvision is not installed."""
 
@@ -278,18 +305,28 @@ HOSTS = (
         "llava-clip",
         lambda: _llava(CLIPVisionConfig(**_tower_size(84)), -2, "default"),
         lambda: _llava_processor(cls=True, strategy="default"),
+        lambda inputs, image: _llava_placeholders(cls=False),
     ),
     Host(
         "llava-clip-two-layers-full",
         lambda: _llava(CLIPVisionConfig(**_tower_size(84)), [-3, -2], "full"),
         lambda: _llava_processor(cls=True, strategy="full"),
+        lambda inputs, image: _llava_placeholders(cls=True),
     ),
     Host(
         "llava-siglip",
         lambda: _llava(SiglipVisionConfig(**_tower_size(84), vision_use_head=False), -1, "full"),
         lambda: _llava_processor(cls=False, strategy="full"),
+        lambda inputs, image: _llava_placeholders(cls=False),
         has_cls=False,
     ),
-    Host("llava-next", _llava_next, _llava_next_processor),
-    Host("qwen2.5-vl", _qwen, _qwen_processor, image_mark="<|vision_start|><|image_pad|><|vision_end|>", has_cls=False),
+    Host("llava-next", _llava_next, _llava_next_processor, _llava_next_placeholders),
+    Host(
+        "qwen2.5-vl",
+        _qwen,
+        _qwen_processor,
+        _qwen_placeholders,
+        image_mark="<|vision_start|><|image_pad|><|vision_end|>",
+        has_cls=False,
+    ),
 )
