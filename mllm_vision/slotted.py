@@ -208,16 +208,18 @@ def slotted_model(adapter: Adapter) -> type[SlottedModel]:
     def forward(self: SlottedModel, *args: Any, **kwargs: Any) -> Any:
         return self._forward(**dict(zip(names, args, strict=False)), **kwargs)
 
-    conversion = get_checkpoint_conversion_mapping(adapter.model_type)
-    if conversion is not None:
-        register_checkpoint_conversion_mapping(config.model_type, conversion, overwrite=True)
+    # Weights are renamed on loading by class name or model type; ours must be renamed as the stock ones are.
+    slotted = f"Slotted{stock.__name__}"
+    for name, stock_name in ((slotted, stock.__name__), (config.model_type, adapter.model_type)):
+        if (conversion := get_checkpoint_conversion_mapping(stock_name)) is not None:
+            register_checkpoint_conversion_mapping(name, conversion, overwrite=True)
     members = {
         "__module__": __name__,
         "__doc__": f"`{stock.__name__}` with slots.",
         "config_class": config,
         "forward": forward,
     }
-    return type(f"Slotted{stock.__name__}", (SlottedModel, stock), members)
+    return type(slotted, (SlottedModel, stock), members)
 
 
 def __getattr__(name: str) -> Any:

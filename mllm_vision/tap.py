@@ -27,8 +27,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mllm_vision.tokens import AttentionFromCLS, Evidence
 
-MAP_ELEMENTS = 1 << 22
-"""Most elements of an attention map held at once (16 MB in float32)."""
+MAP_ELEMENTS = 1 << 21
+"""Most elements of an attention map held at once (8 MB in float32)."""
 
 PREFIX = "mllm_vision_tap|"
 
@@ -145,15 +145,20 @@ def _segments(states: Tensor, bounds: Tensor | None) -> Sequence[Tensor]:
 def attention_received(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
     """Attention every position receives, mean over heads and summed over queries: (B, N), 1.0 on average.
 
-    Computed in float32 from ``query`` and ``key`` (B, h, N, d), `MAP_ELEMENTS` of the map at a time.
+    Computed in float32 from ``query`` and ``key`` (B, h, N, d), `MAP_ELEMENTS` of the map at a time: some images at once
+    where their maps are small, some rows of one image where they are not.
     """
     batch, heads, length, _ = query.shape
-    rows = max(1, MAP_ELEMENTS // (batch * heads * key.shape[2]))
+    rows = max(1, min(length, MAP_ELEMENTS // (heads * key.shape[2])))
+    images = max(1, MAP_ELEMENTS // (heads * key.shape[2] * rows))
     received = torch.zeros(batch, key.shape[2], device=key.device)
-    for start in range(0, length, rows):
-        stop = min(start + rows, length)
-        chunk_mask = None if mask is None else mask[..., start:stop, :]
-        received += _attention(query[:, :, start:stop], key, scaling, chunk_mask).sum(2).mean(1)
+    for image in range(0, batch, images):
+        some = slice(image, image + images)
+        for row in range(0, length, rows):
+            chunk = slice(row, row + rows)
+            chunk_mask = None if mask is None else mask.expand(batch, -1, -1, -1)[some, :, chunk]
+            weights = _attention(query[some, :, chunk], key[some], scaling, chunk_mask)
+            received[some] += weights.sum((1, 2)) / heads
     return received
 
 
@@ -164,7 +169,8 @@ def attention_from_first(query: Tensor, key: Tensor, scaling: float, mask: Tenso
 
 
 def _attention(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
-    weights = query.float() @ key.float().transpose(-1, -2) * scaling
+    weights = query.float() @ key.float().transpose(-1, -2)
+    weights *= scaling
     if mask is not None:
         weights = weights.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else weights + mask
     return weights.softmax(-1)
