@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import subprocess
@@ -10,7 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 import mllm_vision
@@ -31,9 +31,8 @@ def environment() -> dict[str, Any]:
         "hardware": {
             "system": f"{platform.system()} {platform.machine()}",
             "cpu": cpu_model(),
-            "cores": psutil.cpu_count(),
+            "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
-            "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         },
         "git": git_state(Path(mllm_vision.__file__)),
@@ -50,7 +49,7 @@ def cpu_model() -> str:
 
 
 def git_state(file: Path) -> dict[str, Any] | None:
-    """Commit of the checkout that tracks ``file`` and whether tracked files differ from it; None for an installed copy."""
+    """Commit of the checkout that tracks ``file`` and whether tracked files differ from it; None if there is none."""
     git = shutil.which("git")
     if git is None:
         return None

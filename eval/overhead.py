@@ -5,7 +5,7 @@
 Stock and pruned runs take turns in one process, and a ratio is formed of neighbours, so that a busy machine disturbs
 both. Weights are random on purpose: what the tokens hold changes neither time nor memory, and nothing is downloaded.
 
-Encoding is tower, projector and reduction, float32, at CLIP-L/14-336 geometry; stock is `get_image_features` under sdpa.
+Encoding is tower, projector and reduction, in float32 at CLIP-L/14-336 geometry, over `get_image_features` under sdpa.
 Prefill goes from encoded images to the first logits through a Llama of LLaVA-1.5's proportions: choosing the tokens,
 fitting the prompt and the language model, over a stock model whose prompt simply has that many placeholders. Its tower
 is a toy that costs about a millisecond (counted against us) and its projector answers from memory.
@@ -15,12 +15,9 @@ from __future__ import annotations
 
 import json
 import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Sequence
 from copy import deepcopy
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,6 +32,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 import mllm_vision as mv
 from mllm_vision.encoding import encode_images
 from mllm_vision.eval.environment import environment
+from mllm_vision.eval.measurement import in_fresh_process, paired, peak_memory, torch_threads
 from mllm_vision.reducers import HiPruneConfig
 
 TOWER = dict(
@@ -54,17 +52,11 @@ LANGUAGE = dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=2, 
 _TOY_TOWER = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1)
 _TOY_LANGUAGE = dict(intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, head_dim=16)
 
-def _row(*a):
-    return a
-
-
 TARGETS = {"encoding time": 1.05, "encoding peak memory": 1.10, "prefill time": 1.15}
 
 IMAGE_ID = 3
 TEXT_TOKENS = 40
 """Columns of a prompt beside the placeholders, a chat template and a question."""
-
-_PROC = Path("/proc/self")
 
 
 def measure(
@@ -89,10 +81,10 @@ def measure(
         seed: Of weights and images.
 
     Returns:
-        What `report` shows: ``rows`` each with ``name``, ``case``, ``unit``, the medians ``stock`` and ``ours``, ``ratio``
-        (median, min, max, pairs) and ``target``, which is None where a row is for information.
+        What `report` shows: ``environment``, ``settings`` and ``rows``, each with ``name``, ``case``, ``unit``, medians
+        ``stock`` and ``ours``, ``ratio`` (median, min, max, pairs) and ``target``, None where a row is for information.
     """
-    with _torch_threads(threads), torch.inference_mode():
+    with torch_threads(threads), torch.inference_mode():
         rows = [row for batch in batches for row in encoding_memory(tower, language, batch, keeps[0], threads, seed)]
         rows += encoding_time(tower, language, batches, keeps[0], repeats, seed)
         rows += prefill_time(tower, language, keeps, repeats, seed)
@@ -113,7 +105,7 @@ def encoding_time(
     rows = []
     for batch in batches:
         pixels = random_images(tower, batch)
-        pairs = paired(lambda p=pixels: encode(stock, p), lambda p=pixels: encode(pruned, p), repeats)
+        pairs = paired(partial(encode, stock, pixels), partial(encode, pruned, pixels), repeats)
         rows.append(_row("encoding time", f"batch {batch}, keep {keep}", "s", pairs))
     return rows
 
@@ -147,12 +139,9 @@ def prefill_time(
     for keep in keeps:
         mv.apply(pruned, HiPruneConfig(keep=keep))
         kept = encode(pruned, pixels)[0].features
-
-        def ours() -> Tensor:
-            return first_logits(pruned, prompt(everything.shape[1]), pixel_values=pixels)
-
+        ours = partial(first_logits, pruned, prompt(everything.shape[1]), pixel_values=pixels)
         for case, features in ((f"{keep} tokens", kept), (f"{keep} over all {everything.shape[1]}", everything[0])):
-            pairs = paired(lambda f=features: first_logits(stock, prompt(len(f)), encoded=f), ours, repeats)
+            pairs = paired(partial(first_logits, stock, prompt(len(features)), encoded=features), ours, repeats)
             rows.append(_row("prefill time" if features is kept else "prefill time over all tokens", case, "s", pairs))
     return rows
 
@@ -190,7 +179,7 @@ def encode(model: PreTrainedModel, pixels: Tensor) -> Any:
     return model.get_image_features(pixel_values=pixels)
 
 
-def first_logits(model: PreTrainedModel, ids: Tensor, *, encoded: Tensor | None = None, **images: Tensor) -> Tensor:
+def first_logits(model: PreTrainedModel, ids: Tensor, *, encoded: Tensor | None = None, **images: Any) -> Tensor:
     """Logits (1, 1, V) after a prompt whose image is ``encoded`` (N, D) already or still to be."""
     if encoded is not None:
         images["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=[encoded])}
@@ -200,49 +189,14 @@ def first_logits(model: PreTrainedModel, ids: Tensor, *, encoded: Tensor | None 
 class _FromMemory(nn.Module):
     """A projector whose answer is known."""
 
+    answer: Tensor
+
     def __init__(self, answer: Tensor):
         super().__init__()
         self.register_buffer("answer", answer)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.answer
-
-
-def paired(
-    baseline: Callable[[], object], candidate: Callable[[], object], repeats: int, *, warmups: int = 1
-) -> list[tuple[float, float]]:
-    """Seconds of both, called in turn ``repeats`` times after ``warmups`` turns that do not count."""
-    seconds = [(_seconds(baseline), _seconds(candidate)) for _ in range(warmups + repeats)]
-    return seconds[warmups:]
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def peak_memory(run: Callable[[], object]) -> tuple[float, float]:
-    """Resident MB of this process before ``run()`` and at most while it ran.
-
-    Raises:
-        FileNotFoundError: not on Linux, which alone can start the peak anew.
-    """
-    (_PROC / "clear_refs").write_text("5")  # the peak so far is forgotten
-    before = _resident("VmRSS")
-    run()
-    return before, _resident("VmHWM")
-
-
-def _resident(field: str) -> float:
-    lines = dict(line.split(":", 1) for line in (_PROC / "status").read_text().splitlines())
-    return int(lines[field].split()[0]) * 1024 / 1e6
-
-
-def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What ``function`` returns in a Python process of its own, whose memory nothing else has used."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
 
 
 def _encoding_peak(
@@ -252,15 +206,69 @@ def _encoding_peak(
     if method is not None:
         mv.apply(model, method)
     pixels = random_images(tower, batch)
-    with _torch_threads(threads), torch.inference_mode():
+    with torch_threads(threads), torch.inference_mode():
         return peak_memory(lambda: [encode(model, pixels) for _ in range(2)])
 
 
-@contextmanager
-def _torch_threads(threads: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def _row(name: str, case: str, unit: str, pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    stock, ours = zip(*pairs, strict=True)
+    ratios = [b / a for a, b in pairs]
+    return {
+        "name": name,
+        "case": case,
+        "unit": unit,
+        "stock": statistics.median(stock),
+        "ours": statistics.median(ours),
+        "ratio": {
+            "median": statistics.median(ratios),
+            "min": min(ratios),
+            "max": max(ratios),
+            "pairs": len(pairs),
+        },
+        "target": TARGETS.get(name),
+    }
+
+
+def report(result: dict[str, Any], console: Console) -> None:
+    """Show what `measure` found as a table."""
+    where = result["environment"]
+    versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
+    table = Table(
+        title="pruned over stock, random weights, float32",
+        caption=f"{where['hardware']['cpu']}, {where['hardware']['threads']} threads; {versions}",
+    )
+    for heading in ("", "case", "stock", "ours", "ratio", "min to max", "target"):
+        table.add_column(heading, justify="left" if heading in ("", "case") else "right")
+    for row in result["rows"]:
+        ratio, target = row["ratio"], row["target"]
+        met = "" if target is None or ratio["median"] <= target else "[red]"
+        table.add_row(
+            row["name"],
+            row["case"],
+            *(f"{row[side]:.4g} {row['unit']}" for side in ("stock", "ours")),
+            f"{met}{ratio['median']:.3f}",
+            f"{ratio['min']:.3f} to {ratio['max']:.3f}",
+            "" if target is None else f"{target:.2f}",
+        )
+    console.print(table)
+
+
+def main(
+    repeats: Annotated[int, typer.Option(min=1, help="Pairs of runs a ratio is the median of.")] = 7,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE if it exists.")] = False,
+) -> None:
+    """Print what pruning costs at LLaVA-1.5's proportions, as ratios to the stock model."""
+    if out is not None and out.exists() and not overwrite:
+        raise typer.BadParameter(f"{out} exists; add --overwrite to replace it")
+    console = Console()
+    with console.status("measuring, some minutes ..."):
+        result = measure(repeats=repeats)
+    report(result, console)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
