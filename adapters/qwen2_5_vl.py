@@ -14,7 +14,9 @@ from mllm_vision.host import Adapter, Encoded, Layout
 from mllm_vision.operations import TowerFacts
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from pathlib import Path
+
+    from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 OBJECT_DEPTH = 16 / 32
 """Share of the tower's depth at which attention is on objects: the 16th of 32 layers (HiPrune's code)."""
@@ -26,6 +28,22 @@ class Qwen25VLAdapter(Adapter):
     model_name = "Qwen2_5_VLForConditionalGeneration"
     image_inputs = ("pixel_values", "image_grid_thw")
     keeps_positions = True
+
+    def load_processor(self, source: str | Path, **hub: Any) -> ProcessorMixin:
+        from transformers import Qwen2_5_VLProcessor
+        from transformers.utils import is_torchvision_available
+
+        if is_torchvision_available():
+            return super().load_processor(source, **hub)
+
+        class ForImages(Qwen2_5_VLProcessor):
+            """The stock processor without its video processor, which is all that needs torchvision."""
+
+            def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None):
+                super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+        ForImages.__name__ = Qwen2_5_VLProcessor.__name__  # saved under the stock name
+        return ForImages.from_pretrained(source, **hub)
 
     def facts(self, config: PreTrainedConfig) -> TowerFacts:
         depth = config.vision_config.depth

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 
 from mllm_vision.auto import slotted_config
 from mllm_vision.encoding import encode_images
@@ -44,9 +44,9 @@ def load(name_or_path: str | Path, *methods: MethodConfig, **kwargs: Any) -> tup
     source = bundled if bundled.is_dir() else name_or_path
     hub = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if k in kwargs}
     config = kwargs.pop("config", None) or AutoConfig.from_pretrained(source, **hub)
-    adapter_for(config)
+    adapter = adapter_for(config)
     Slots(methods or restored(getattr(config, "mllm_vision", None)), config)
-    processor = AutoProcessor.from_pretrained(source, **hub)
+    processor = adapter.load_processor(source, **hub)
     model, info = AutoModelForImageTextToText.from_pretrained(source, config=config, output_loading_info=True, **kwargs)
     require_weights(info)
     return (apply(model, *methods) if methods else model), processor

@@ -20,7 +20,9 @@ from torch import Tensor
 from mllm_vision.operations import TowerFacts
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from pathlib import Path
+
+    from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 ENTRY_POINT_GROUP = "mllm_vision.adapters"
 SLOTTED_PREFIX = "mllm_vision_"
@@ -100,6 +102,10 @@ class Adapter(ABC):
     def stock_config(self) -> type[PreTrainedConfig]:
         """The stock config class."""
         return _from_transformers(self.config_name)
+
+    def load_processor(self, source: str | Path, **hub: Any) -> ProcessorMixin:
+        """The stock processor of a checkpoint; ``hub`` says how to get it, as for `from_pretrained`."""
+        return _from_transformers("AutoProcessor").from_pretrained(source, **hub)
 
     @abstractmethod
     def facts(self, config: PreTrainedConfig) -> TowerFacts:
