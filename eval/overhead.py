@@ -8,7 +8,7 @@ both. Weights are random on purpose: what the tokens hold changes neither time n
 Encoding is tower, projector and reduction, in float32 at CLIP-L/14-336 geometry, over `get_image_features` under sdpa.
 Prefill goes from encoded images to the first logits through a Llama of LLaVA-1.5's proportions: choosing the tokens,
 fitting the prompt and the language model, over a stock model whose prompt simply has that many placeholders. Its tower
-is a toy that costs about a millisecond (counted against us) and its projector answers from memory.
+is a toy, whose time counts against us, and its projector answers from memory.
 """
 
 from __future__ import annotations
