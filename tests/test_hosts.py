@@ -388,6 +388,18 @@ def test_generate_returns_a_dict_on_request(host, model, method):
     assert_close(out.logits[0], model(**inputs).logits[:, -1])
 
 
+@torch.no_grad()
+def test_a_loop_of_forward_passes_goes_on_from_the_cache(host, model, method):
+    inputs, cache = host.inputs(question()), DynamicCache(config=model.config.get_text_config())
+    mv.apply(model, method)
+    expected = model.generate(**inputs, **GREEDY)[0, -8:].tolist()
+    logits, tokens = model(**inputs, past_key_values=cache).logits, []
+    while len(tokens) < 8:
+        tokens.append(int(logits[0, -1].argmax()))
+        logits = model(input_ids=torch.tensor([tokens[-1:]]), past_key_values=cache).logits
+    assert tokens == expected
+
+
 class Collector(BaseStreamer):
     """Holds what a streamer is shown."""
 
