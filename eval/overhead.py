@@ -6,9 +6,9 @@ Stock and pruned runs take turns in one process, and a ratio is formed of neighb
 both. Weights are random on purpose: what the tokens hold changes neither time nor memory, and nothing is downloaded.
 
 Encoding is tower, projector and reduction, in float32 at CLIP-L/14-336 geometry, over `get_image_features` under sdpa.
-Prefill goes from encoded images to the first logits through a Llama of LLaVA-1.5's proportions: choosing the tokens,
-fitting the prompt and the language model, over a stock model whose prompt simply has that many placeholders. Its tower
-is a toy, whose time counts against us, and its projector answers from memory.
+Prefill goes from encoded images to the first logits through a language model of LLaVA-1.5's proportions: choosing the
+tokens, fitting the prompt, running the language model; over a stock model whose prompt simply has that many. Its
+tower is a toy, whose time counts against us, and its projector answers from memory.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from typing import Annotated, Any
 
 import torch
 import typer
+import yaml
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import mllm_vision as mv
@@ -35,18 +36,11 @@ from mllm_vision.eval.environment import environment
 from mllm_vision.eval.measurement import in_fresh_process, paired, peak_memory, torch_threads
 from mllm_vision.reducers import HiPruneConfig
 
-TOWER = dict(
-    hidden_size=1024,
-    intermediate_size=4096,
-    num_hidden_layers=24,
-    num_attention_heads=16,
-    image_size=336,
-    patch_size=14,
-)
-"""CLIP-L/14-336."""
-
-LANGUAGE = dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=2, num_attention_heads=32, vocab_size=1024)
-"""The layers of LLaVA-1.5-7B's language model, 2 of its 32."""
+SHAPES = yaml.safe_load((Path(__file__).parent / "shapes.yaml").read_text(encoding="utf-8"))
+SHAPE = SHAPES["llava-1.5-7b"]
+TOWER: dict[str, Any] = SHAPE["vision_config"]
+LANGUAGE: dict[str, Any] = SHAPE["text_config"] | {"num_hidden_layers": 2, "vocab_size": 1024}
+"""2 of its 32 layers, which are alike, and a small vocabulary: small enough for a small machine."""
 
 # What stands in for the half of the model that is not measured.
 _TOY_TOWER = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1)
@@ -54,7 +48,7 @@ _TOY_LANGUAGE = dict(intermediate_size=16, num_hidden_layers=1, num_attention_he
 
 TARGETS = {"encoding time": 1.05, "encoding peak memory": 1.10, "prefill time": 1.15}
 
-IMAGE_ID = 3
+IMAGE_ID: int = SHAPE["image_token_index"]
 TEXT_TOKENS = 40
 """Columns of a prompt beside the placeholders, a chat template and a question."""
 
@@ -64,8 +58,8 @@ def measure(
     repeats: int = 7,
     keeps: Sequence[int] = (192, 64),
     batches: Sequence[int] = (1, 4),
-    tower: dict[str, int] = TOWER,
-    language: dict[str, int] = LANGUAGE,
+    tower: dict[str, Any] = TOWER,
+    language: dict[str, Any] = LANGUAGE,
     threads: int = 2,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -75,8 +69,8 @@ def measure(
         repeats: Pairs of runs a ratio is the median of; of memory, which hardly varies, one pair.
         keeps: Tokens to keep; encoding is measured at the first.
         batches: Images encoded together.
-        tower: As for `CLIPVisionConfig`.
-        language: As for `LlamaConfig`.
+        tower: Fields of the vision config.
+        language: Fields of the text config.
         threads: Of torch.
         seed: Of weights and images.
 
@@ -97,7 +91,7 @@ def measure(
 
 
 def encoding_time(
-    tower: dict[str, int], language: dict[str, int], batches: Sequence[int], keep: int, repeats: int, seed: int
+    tower: dict[str, Any], language: dict[str, Any], batches: Sequence[int], keep: int, repeats: int, seed: int
 ) -> list[dict[str, Any]]:
     """Images to image tokens, one row a batch size."""
     stock = build_model(tower, language | _TOY_LANGUAGE, seed)
@@ -111,7 +105,7 @@ def encoding_time(
 
 
 def encoding_memory(
-    tower: dict[str, int], language: dict[str, int], batch: int, keep: int, threads: int, seed: int
+    tower: dict[str, Any], language: dict[str, Any], batch: int, keep: int, threads: int, seed: int
 ) -> list[dict[str, Any]]:
     """Peak resident set of a process that encodes ``batch`` images, as a whole and above the loaded model."""
     peaks = [
@@ -127,7 +121,7 @@ def encoding_memory(
 
 
 def prefill_time(
-    tower: dict[str, int], language: dict[str, int], keeps: Sequence[int], repeats: int, seed: int
+    tower: dict[str, Any], language: dict[str, Any], keeps: Sequence[int], repeats: int, seed: int
 ) -> list[dict[str, Any]]:
     """Encoded images to first logits, two rows a budget: over a stock prompt of that many tokens, and of all."""
     stock = build_model(tower | _TOY_TOWER, language, seed)
@@ -146,14 +140,11 @@ def prefill_time(
     return rows
 
 
-def build_model(tower: dict[str, int], language: dict[str, int], seed: int) -> PreTrainedModel:
+def build_model(tower: dict[str, Any], language: dict[str, Any], seed: int) -> PreTrainedModel:
     """A stock model with random weights."""
     torch.manual_seed(seed)
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**tower), text_config=LlamaConfig(**language), image_token_index=IMAGE_ID
-    )
-    config._attn_implementation = "sdpa"
-    return LlavaForConditionalGeneration(config).eval()
+    config = AutoConfig.for_model(**SHAPE | {"vision_config": SHAPE["vision_config"] | tower, "text_config": language})
+    return AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa").eval()
 
 
 def sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
@@ -161,7 +152,7 @@ def sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
     return deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
-def random_images(tower: dict[str, int], batch: int) -> Tensor:
+def random_images(tower: dict[str, Any], batch: int) -> Tensor:
     """Pixels (B, 3, H, W)."""
     return torch.randn(batch, 3, tower["image_size"], tower["image_size"])
 
@@ -200,7 +191,7 @@ class _FromMemory(nn.Module):
 
 
 def _encoding_peak(
-    tower: dict[str, int], language: dict[str, int], batch: int, method: Any, threads: int, seed: int
+    tower: dict[str, Any], language: dict[str, Any], batch: int, method: Any, threads: int, seed: int
 ) -> tuple[float, float]:
     model = build_model(tower, language, seed)
     if method is not None:

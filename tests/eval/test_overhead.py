@@ -15,7 +15,14 @@ from mllm_vision.reducers import HiPruneConfig
 TOWER = dict(
     hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2, image_size=84, patch_size=14
 )
-LANGUAGE = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=64)
+LANGUAGE = dict(
+    model_type="llama",
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    vocab_size=64,
+)
 TOY = dict(repeats=3, keeps=(12, 4), batches=(1, 2), tower=TOWER, language=LANGUAGE, threads=1)
 
 
