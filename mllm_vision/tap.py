@@ -145,8 +145,8 @@ def _segments(states: Tensor, bounds: Tensor | None) -> Sequence[Tensor]:
 def attention_received(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
     """Attention every position receives, mean over heads and summed over queries: (B, N), 1.0 on average.
 
-    Computed in float32 from ``query`` and ``key`` (B, h, N, d), `MAP_ELEMENTS` of the map at a time: some images at once
-    where their maps are small, some rows of one image where they are not.
+    Computed in float32 from ``query`` and ``key`` (B, h, N, d), `MAP_ELEMENTS` of the map at a time: several images
+    at once where their maps are small, some rows of one image where they are not.
     """
     batch, heads, length, _ = query.shape
     rows = max(1, min(length, MAP_ELEMENTS // (heads * key.shape[2])))
