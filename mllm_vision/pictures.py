@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import cycle
 from typing import Any
 
@@ -16,7 +17,7 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFont
 
 from mllm_vision.api import KeptTokens
 
-__all__ = ["SheetCell", "SheetRow", "contact_sheet", "draw_kept", "tile_pictures"]
+__all__ = ["SheetCell", "SheetRow", "contact_sheet", "draw_batch", "draw_kept", "tile_pictures"]
 
 Colour = tuple[int, int, int]
 Box = tuple[int, int, int, int]
@@ -86,6 +87,24 @@ def draw_kept(
         picture.paste(tile, (left, 0))
         left += tile.width + gap
     return _above(picture, _legend(_labels(kept), max(picture.width, side), side // 24)) if legend else picture
+
+
+def draw_batch(
+    images: Sequence[Image.Image], kept: Sequence[KeptTokens], inputs: Mapping[str, Any], image_processor: Any
+) -> Image.Image:
+    """`draw_kept` for every image of a batch, one below the other.
+
+    Args:
+        images: The pictures that the processor was given.
+        kept: What `inspect_tokens` returned for the batch.
+        inputs: What the processor made of it.
+        image_processor: The processor's image processor.
+    """
+    drawn = []
+    for number, image in enumerate(images):
+        tiles = tile_pictures(image, number, inputs, image_processor)
+        drawn.append(draw_kept(tiles, [tokens for tokens in kept if tokens.image == number]))
+    return reduce(_above, drawn)
 
 
 @dataclass(frozen=True)

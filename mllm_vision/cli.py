@@ -1,0 +1,239 @@
+"""The command line. Every command imports what it needs when it runs, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import MISSING, fields
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from mllm_vision.registry import MethodConfig
+
+
+class _Commands(TyperGroup):
+    """Ends with one line on stderr where the library says what is wrong with what the user asked for."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort, BrokenPipeError):  # these are RuntimeErrors and an OSError, too
+            raise
+        except (ValueError, RuntimeError, OSError, ImportError) as error:
+            typer.echo(f"Error: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(1) from error
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="Token reducers and more for stock LLaVA-style models.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+
+
+class Dtype(str, Enum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class SceneFormat(str, Enum):
+    datasets = "datasets"
+    llava = "llava"
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("mllm_vision").setLevel(logging.INFO)
+    app()
+
+
+@app.command()
+def ask(
+    model: Annotated[str, typer.Argument(help='A hub id, a folder, or "tiny-llava-scenes", which comes along.')],
+    image: Annotated[list[Path], typer.Option(help="Image file; repeat for several images.")],
+    question: Annotated[str, typer.Option(help="May say with <image> marks where the images stand.")],
+    reduce: Annotated[str | None, typer.Option(help="Reducer to plug in; see `mllm-vision methods`.")] = None,
+    keep: Annotated[str | None, typer.Option(help="Tokens to keep of an image, or a share in (0, 1).")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="Field of the reducer, as alpha=0.2.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
+    picture: Annotated[Path | None, typer.Option(help="Image file to draw the kept tokens into.")] = None,
+    device: Annotated[
+        str, typer.Option(help='"cpu", "cuda:1", ...; "auto" takes an accelerator if there is one.')
+    ] = "auto",
+    dtype: Annotated[Dtype, typer.Option(help='Of the weights; "auto" is that of the checkpoint.')] = Dtype.auto,
+    overwrite: Overwrite = False,
+) -> None:
+    """Answer a question about images, from as many visual tokens as you like."""
+    from transformers import TextStreamer
+
+    import mllm_vision as mv
+    from mllm_vision.images import load_image
+    from mllm_vision.pictures import draw_batch
+    from mllm_vision.prompts import question_parts, write_prompt
+
+    parts = question_parts(question, len(image))
+    images = [load_image(path) for path in image]
+    methods = [_method(reduce, keep, settings or [])] if reduce is not None else []
+    if not methods and (keep is not None or settings):
+        raise typer.BadParameter("--keep and --set need --reduce, the reducer they belong to")
+    if picture is not None:
+        _check_picture(picture, overwrite)
+    _check_device(device)
+
+    host, processor = mv.load(model, *methods, dtype=dtype.value, device_map=device)
+    inputs = processor(images=images, text=write_prompt(processor, parts), return_tensors="pt")
+    inputs = inputs.to(host.device, host.dtype)
+    kept = mv.inspect_tokens(host, **inputs)
+    with mv.using(host):
+        everything = mv.inspect_tokens(host, **inputs)
+    streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    host.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
+    used, of = (sum(len(tile.patch_index) for tile in tiles) for tiles in (kept, everything))
+    typer.echo(f"{used} of {of} visual tokens", err=True)
+    if picture is not None:
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        draw_batch(images, kept, inputs, processor.image_processor).save(picture)
+
+
+@app.command()
+def methods(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
+    """List every method that is installed, with its fields and their defaults."""
+    import mllm_vision as mv
+
+    rows = mv.methods()
+    if as_json:
+        names = ("name", "kind", "paper", "needs_weights", "fields")
+        typer.echo(json.dumps([{name: getattr(row, name) for name in names} for row in rows], indent=1))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("method", "kind", "paper", "needs weights", "fields")
+    for row in rows:
+        listed = "\n".join(f"{name} = {default}" for name, default in row.fields.items())
+        table.add_row(row.name, row.kind, row.paper, "yes" if row.needs_weights else "no", listed, end_section=True)
+    Console().print(table)
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="Name of a recipe that comes along, or a YAML file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, as stages.tower.arguments.max_steps=10.")
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Run a training recipe, or go on with it where it stopped."""
+    from mllm_vision.recipes import train as training
+
+    folder = training.train(recipe, [*(overrides or []), *["overwrite=true"] * overwrite])
+    typer.echo(folder)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the results and the pictures.")] = Path("mllm-vision-demo"),
+    n: Annotated[int, typer.Option(min=1, help="Number of questions.")] = 96,
+    model: Annotated[str, typer.Option(help="A checkpoint trained on drawn scenes.")] = "tiny-llava-scenes",
+    overwrite: Overwrite = False,
+) -> None:
+    """Ask a small trained model about held-out scenes, with all visual tokens and with fewer."""
+    from rich.console import Console
+
+    from mllm_vision.demo import run_demo, table
+
+    console = Console()
+    with console.status("starting") as status:
+        results = run_demo(out, model=model, n=n, overwrite=overwrite, say=status.update)
+    console.print(table(results))
+    typer.echo(f"What was kept: {out}")
+
+
+@app.command()
+def scenes(
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "train",
+    n: Annotated[int, typer.Option(min=1, help="Number of scenes.")] = 1000,
+    form: Annotated[SceneFormat, typer.Option("--format", help="A datasets directory, or LLaVA conversations.")] = (
+        SceneFormat.datasets
+    ),
+    side: Annotated[int, typer.Option(help="Width and height in pixels.")] = 140,
+    seed: Annotated[int, typer.Option(help="Another seed draws other scenes.")] = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write drawn scenes with questions and answers, to train or to measure a model on."""
+    from mllm_vision.scenes import export
+
+    write = export.export_dataset if form is SceneFormat.datasets else export.export_llava
+    typer.echo(write(out, split, n, side=side, seed=seed, overwrite=overwrite))
+
+
+@app.command()
+def overhead(
+    repeats: Annotated[int, typer.Option(min=1, help="Pairs of runs a ratio is the median of.")] = 7,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Measure what pruning costs at LLaVA-1.5's proportions, as ratios to the stock model."""
+    from mllm_vision.eval import overhead as costs
+
+    costs.main(repeats, out, overwrite)
+
+
+def _method(name: str, keep: str | None, settings: list[str]) -> MethodConfig:
+    """The config that ``--reduce``, ``--keep`` and ``--set`` describe."""
+    from mllm_vision.registry import MethodConfig, config_class
+
+    stored: dict[str, Any] = {} if keep is None else {"keep": _value(keep)}
+    for setting in settings:
+        field, equals, value = setting.partition("=")
+        if not equals:
+            raise typer.BadParameter(f"--set takes field=value, got {setting!r}")
+        stored[field] = _value(value)
+    needed = [f.name for f in fields(config_class(name)) if f.default is MISSING and f.name not in stored]
+    if needed:
+        options = ("--keep" if field == "keep" else f"--set {field}=..." for field in needed)
+        raise typer.BadParameter(f"{name} needs {', '.join(options)}")
+    return MethodConfig.from_dict({"type": name, **stored})
+
+
+def _value(text: str) -> Any:
+    """A JSON value; what is none is a string."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _check_picture(picture: Path, overwrite: bool) -> None:
+    from PIL import Image
+
+    known = Image.registered_extensions()
+    if picture.suffix.lower() not in known or known[picture.suffix.lower()] not in Image.SAVE:
+        raise typer.BadParameter(f"{picture}: pictures of type {picture.suffix!r} cannot be written; use .png")
+    if picture.exists() and not overwrite:
+        raise typer.BadParameter(f"{picture} exists; add --overwrite to replace it")
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    there = ["cpu"]
+    if torch.accelerator.is_available():
+        there += [f"{torch.accelerator.current_accelerator()}:{i}" for i in range(torch.accelerator.device_count())]
+    types = {torch.device(name).type for name in there}
+    if device != "auto" and device not in types | set(there):
+        raise typer.BadParameter(f"there is no device {device!r} here; there are auto, {', '.join(there)}")

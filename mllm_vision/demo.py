@@ -1,0 +1,256 @@
+"""The demo: one small trained model, held-out questions, and what each reducer costs and answers.
+
+Every method gets the same questions. Times are medians over single pictures, taken in turns so that whatever else the
+machine does hits all methods alike. Encode is images to image tokens; prefill the language model's first pass over the
+fitted prompt, up to the first new token; decode each further token. The cache is on.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from rich.table import Table
+from torch import Tensor
+from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
+from transformers.generation.streamers import BaseStreamer
+
+import mllm_vision as mv
+from mllm_vision.encoding import encode_images
+from mllm_vision.eval.environment import environment
+from mllm_vision.eval.scenes import answer_questions
+from mllm_vision.pictures import SheetCell, SheetRow, contact_sheet, draw_kept, tile_pictures
+from mllm_vision.prompts import question_parts, write_prompt
+from mllm_vision.reducers import CLSTopKConfig, DownsampleConfig, HiPruneConfig, PoolConfig, RandomConfig
+from mllm_vision.registry import MethodConfig
+from mllm_vision.scenes import Question, Scene, render, sample_scene
+from mllm_vision.scenes.export import scene_questions
+
+MODEL = "tiny-llava-scenes"
+SPLIT, SEED = "test", 0
+METHODS: dict[str, list[MethodConfig]] = {
+    "all tokens": [],
+    "hiprune 1/2": [HiPruneConfig(keep=1 / 2)],
+    "hiprune 1/3": [HiPruneConfig(keep=1 / 3)],
+    "hiprune 1/9": [HiPruneConfig(keep=1 / 9)],
+    "random 1/3": [RandomConfig(keep=1 / 3, seed=SEED)],
+    "pool 1/3": [PoolConfig(keep=1 / 3)],
+    "cls_topk 1/3": [CLSTopKConfig(keep=1 / 3)],
+    "downsample 1/3": [DownsampleConfig(keep=1 / 3)],
+}
+
+RESULTS, SHEET, PICTURES = "demo.json", "demo.png", "kept"
+PICTURED = ("existence", "count", "colour", "reading")
+"""Families of which a question is drawn."""
+
+WARMUPS, DECODED = 2, 8
+
+Asked = tuple[Scene, Question]
+
+
+@dataclass
+class MethodResult:
+    """One row of the demo's table.
+
+    Args:
+        name: Of the row.
+        methods: The configs, as stored in `config.json`.
+        tokens: Visual tokens of a picture.
+        encode_ms: Images to image tokens.
+        prefill_ms: First pass of the language model, up to the first new token.
+        decode_ms: Each further token.
+        answers: One for each question.
+        right: How many of them are right.
+    """
+
+    name: str
+    methods: list[dict[str, Any]]
+    tokens: int
+    encode_ms: float
+    prefill_ms: float
+    decode_ms: float
+    answers: list[str]
+    right: int
+
+
+def run_demo(
+    out: str | Path,
+    *,
+    model: str | Path = MODEL,
+    n: int = 96,
+    rounds: int = 12,
+    overwrite: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[MethodResult]:
+    """Ask ``n`` held-out questions with every method; write results, a sheet and pictures into ``out``.
+
+    Args:
+        out: A folder.
+        model: A checkpoint trained on drawn scenes, as for `mv.load`.
+        n: Number of questions.
+        rounds: Measurements that a time is the median of.
+        overwrite: Whether to write into a folder that has something in it.
+        say: Is told what is being done.
+
+    Raises:
+        FileExistsError: ``out`` has something in it and ``overwrite`` is false.
+        ValueError: ``n`` or ``rounds`` is less than 1.
+    """
+    out = Path(out)
+    if min(n, rounds) < 1:
+        raise ValueError(f"n and rounds must be 1 or more, got {n} and {rounds}")
+    if out.exists() and any(out.iterdir()) and not overwrite:
+        raise FileExistsError(f"{out} is not empty; choose another folder or allow to overwrite")
+    say(f"loading {model}")
+    host, processor = mv.load(model, dtype=torch.float32)
+    asked = list(islice(held_out_questions(processor.image_processor.crop_size["height"]), n))
+    say("measuring times")
+    times = measure(host, processor, asked, rounds)
+    results = []
+    for name, methods in METHODS.items():
+        say(f"{name}: answering {n} questions")
+        with mv.using(host, *methods):
+            answers = answer_questions(host, processor, asked)
+            (kept,) = mv.inspect_tokens(host, **inputs_for(processor, asked[0]))
+        right = sum(answer == question.answer for (_, question), answer in zip(asked, answers, strict=True))
+        stored = [method.to_dict() for method in methods]
+        results.append(MethodResult(name, stored, len(kept.patch_index), *times[name], answers, right))
+    say("drawing what was kept")
+    (out / PICTURES).mkdir(parents=True, exist_ok=True)
+    record = {
+        "environment": environment(),
+        "settings": {"model": str(model), "split": SPLIT, "n": n, "seed": SEED, "rounds": rounds, "dtype": "float32"},
+        "questions": [{"scene": scene.index, **asdict(question)} for scene, question in asked],
+        "methods": [asdict(result) for result in results],
+    }
+    (out / RESULTS).write_text(json.dumps(record, indent=1), encoding="utf-8")
+    draw(out, host, processor, asked, results)
+    return results
+
+
+def held_out_questions(side: int) -> Iterator[Asked]:
+    """Test scenes of ``side`` pixels, each with one question of every family that can be asked about it."""
+    for index in count():
+        scene = sample_scene(SPLIT, index, side=side)
+        yield from ((scene, question) for question in scene_questions(scene))
+
+
+def inputs_for(processor: ProcessorMixin, asked: Asked) -> BatchFeature:
+    """What the processor makes of one question."""
+    scene, question = asked
+    prompt = write_prompt(processor, question_parts(question.text, images=1))
+    return processor(images=[render(scene)], text=prompt, return_tensors="pt")
+
+
+def measure(
+    host: PreTrainedModel, processor: ProcessorMixin, asked: Sequence[Asked], rounds: int
+) -> dict[str, tuple[float, float, float]]:
+    """Milliseconds of encode, prefill and decode by method: medians of ``rounds``, of which each asks all methods."""
+    taken: dict[str, list[tuple[float, float, float]]] = {name: [] for name in METHODS}
+    for i in range(WARMUPS + rounds):
+        inputs = inputs_for(processor, asked[i % len(asked)])
+        for name, methods in METHODS.items():
+            with mv.using(host, *methods), torch.inference_mode():
+                taken[name].append((_encode_ms(host, inputs), *_generate_ms(host, inputs)))
+    return {name: _medians(times[WARMUPS:]) for name, times in taken.items()}
+
+
+def _medians(times: Sequence[tuple[float, float, float]]) -> tuple[float, float, float]:
+    encode, prefill, decode = (statistics.median(column) for column in zip(*times, strict=True))
+    return encode, prefill, decode
+
+
+def _encode_ms(host: PreTrainedModel, inputs: BatchFeature) -> float:
+    start = time.perf_counter()
+    encode_images(host, host.vision_slots, {"pixel_values": inputs["pixel_values"]})
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _generate_ms(host: PreTrainedModel, inputs: BatchFeature) -> tuple[float, float]:
+    """Prefill, and decode for one token."""
+    clock = _Clock()
+    hook = host.get_decoder().register_forward_pre_hook(clock.start)
+    host.generate(**inputs, max_new_tokens=DECODED, min_new_tokens=DECODED, do_sample=False, streamer=clock)
+    hook.remove()
+    first, last = clock.tokens[0], clock.tokens[-1]
+    return 1e3 * (first - clock.started[0]), 1e3 * (last - first) / (DECODED - 1)
+
+
+class _Clock(BaseStreamer):
+    """When the language model started on each token, and when each new token came."""
+
+    def __init__(self) -> None:
+        self.started: list[float] = []
+        self.tokens: list[float] = []
+
+    def start(self, *_: Any) -> None:
+        self.started.append(time.perf_counter())
+
+    def put(self, value: Tensor) -> None:
+        if self.started:  # before, it is the prompt
+            self.tokens.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def pictured(asked: Sequence[Asked]) -> list[int]:
+    """Numbers of the questions to draw: the first of each family in `PICTURED`, each about another scene."""
+    shown: dict[str, int] = {}
+    for i, (scene, question) in enumerate(asked):
+        new_scene = scene not in [asked[j][0] for j in shown.values()]
+        if new_scene and question.family in PICTURED and question.family not in shown:
+            shown[question.family] = i
+    return list(shown.values())
+
+
+def draw(
+    out: Path,
+    host: PreTrainedModel,
+    processor: ProcessorMixin,
+    asked: Sequence[Asked],
+    results: Sequence[MethodResult],
+) -> None:
+    """Write the sheet and the pictures in it, larger and with legends."""
+    rows = []
+    for i in pictured(asked):
+        scene, question = asked[i]
+        inputs = inputs_for(processor, asked[i])
+        (tile,) = tile_pictures(render(scene), 0, inputs, processor.image_processor)
+        cells: list[SheetCell] = []
+        for result, methods in zip(results, METHODS.values(), strict=True):
+            with mv.using(host, *methods):
+                (kept,) = mv.inspect_tokens(host, **inputs)
+            seen = tile if not cells else _resized(tile, kept.grid, cells[0].kept[0].grid)
+            name = f"{question.family}-{result.name.replace(' ', '-').replace('/', '-')}.png"
+            draw_kept([seen], [kept]).save(out / PICTURES / name)
+            picture = draw_kept([seen], [kept], side=240, legend=False)
+            cells.append(SheetCell(picture, [kept], result.answers[i], result.answers[i] == question.answer))
+        rows.append(SheetRow(question.text, question.answer, cells))
+    contact_sheet([f"{result.name}\n{result.tokens} tokens" for result in results], rows).save(out / SHEET)
+
+
+def _resized(tile: Image.Image, grid: tuple[int, int], stock: tuple[int, int]) -> Image.Image:
+    """The tile as a tower sees it on ``grid`` (h, w) instead of on the ``stock`` (H, W)."""
+    return tile.resize((tile.width * grid[1] // stock[1], tile.height * grid[0] // stock[0]), Image.Resampling.BICUBIC)
+
+
+def table(results: Sequence[MethodResult]) -> Table:
+    """The results, one method a row."""
+    n = len(results[0].answers)
+    view = Table(title=f"{n} questions about held-out scenes; milliseconds are medians")
+    view.add_column("method", no_wrap=True)
+    for heading in ("visual tokens", "encode ms", "prefill ms", "decode ms/token", f"right of {n}"):
+        view.add_column(heading, justify="right")
+    for row in results:
+        times = (f"{ms:.1f}" for ms in (row.encode_ms, row.prefill_ms, row.decode_ms))
+        view.add_row(row.name, str(row.tokens), *times, str(row.right))
+    return view

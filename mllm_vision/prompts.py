@@ -1,0 +1,44 @@
+"""A question about images, written as the prompt that a model expects."""
+
+from __future__ import annotations
+
+from transformers import ProcessorMixin
+
+IMAGE_MARK = "<image>"
+"""Where an image stands in a question. A question without marks has its images first."""
+
+
+def question_parts(question: str, images: int) -> list[dict[str, str]]:
+    """The question as the content of a chat message: its text and its images, in order.
+
+    Args:
+        question: Text, with one `IMAGE_MARK` for each image or none at all.
+        images: How many images there are.
+
+    Raises:
+        ValueError: the question is empty, or its marks are not as many as the images.
+    """
+    texts = [text.strip() for text in question.split(IMAGE_MARK)]
+    marks = len(texts) - 1
+    if not any(texts):
+        raise ValueError("the question is empty; ask something about the image")
+    if marks == 0:
+        texts = [""] * images + texts
+    elif marks != images:
+        raise ValueError(
+            f"the question has {marks} {IMAGE_MARK} marks for {images} images; write one mark for each image "
+            "or none, to have the images first"
+        )
+    parts = []
+    for i, text in enumerate(texts):
+        parts += [{"type": "image"}] * (i > 0)
+        parts += [{"type": "text", "text": text}] * bool(text)
+    return parts
+
+
+def write_prompt(processor: ProcessorMixin, parts: list[dict[str, str]]) -> str:
+    """The prompt that asks for an answer to `question_parts`: by the processor's chat template, else as LLaVA-1.5's."""
+    if processor.chat_template:
+        return processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
+    written = [part["text"] if part["type"] == "text" else f"{processor.image_token}\n" for part in parts]
+    return f"USER: {''.join(written)} ASSISTANT:"

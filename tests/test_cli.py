@@ -1,0 +1,208 @@
+"""The commands: what they print, and the one line they end with when something is wrong."""
+
+import json
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+import mllm_vision as mv
+from mllm_vision.cli import app
+from mllm_vision.prompts import question_parts, write_prompt
+from mllm_vision.reducers import HiPruneConfig
+from mllm_vision.scenes.export import CONVERSATIONS
+from tests.hosts import HOSTS, picture
+
+HOST = {host.name: host for host in HOSTS}
+NOWHERE = "no/such-model"
+"""A model that would be an error of its own: what is reported before it was found without reading weights."""
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def error_of(result):
+    """The message that the command ended with."""
+    assert result.exit_code in (1, 2), result.output
+    assert isinstance(result.exception, SystemExit)
+    return result.stderr
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory):
+    path = tmp_path_factory.mktemp("images") / "picture.png"
+    picture(1).save(path)
+    return path
+
+
+@pytest.fixture
+def folder(checkpoint):
+    return checkpoint(HOST["llava-clip"])
+
+
+def ask(model, image, *arguments, question="How many red squares?"):
+    return run("ask", model, "--image", image, "--question", question, *arguments)
+
+
+def test_help_lists_the_commands():
+    result = run("--help")
+    assert result.exit_code == 0
+    for command in ("ask", "methods", "train", "demo", "scenes", "overhead"):
+        assert f"  {command} " in result.stdout
+
+
+def test_ask_prints_what_generate_answers(folder, image):
+    result = ask(folder, image, "--reduce", "hiprune", "--keep", "9", "--set", "alpha=0.5", "--max-new-tokens", "5")
+    assert result.exit_code == 0, result.output
+    model, processor = mv.load(folder, HiPruneConfig(keep=9, alpha=0.5))
+    inputs = processor(images=[picture(1)], text="USER: <image>\nHow many red squares? ASSISTANT:", return_tensors="pt")
+    out = model.generate(**inputs, max_new_tokens=5, do_sample=False)
+    answer = processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert result.stdout.strip() == answer.strip()
+    assert result.stderr.splitlines()[-1] == "9 of 36 visual tokens"
+
+
+def test_ask_with_all_tokens_and_with_a_share(folder, image):
+    assert "36 of 36 visual tokens" in ask(folder, image, "--max-new-tokens", "1").stderr
+    shared = ask(folder, image, "--max-new-tokens", "1", "--reduce", "random", "--keep", "0.25")
+    assert "9 of 36 visual tokens" in shared.stderr
+
+
+def test_ask_about_two_images(folder, image):
+    result = ask(folder, image, "--image", image, "--max-new-tokens", "1", question="Is <image> the same as <image>?")
+    assert result.exit_code == 0, result.output
+    assert "72 of 72 visual tokens" in result.stderr
+
+
+def test_ask_draws_the_kept_tokens_and_overwrites_only_when_asked(folder, image, tmp_path):
+    drawing = tmp_path / "new" / "kept.png"
+    arguments = ("--reduce", "hiprune", "--keep", "9", "--picture", drawing, "--max-new-tokens", "1")
+    result = ask(folder, image, *arguments)
+    assert result.exit_code == 0, result.output
+    size = Image.open(drawing).size
+    drawing.write_bytes(b"mine")
+    assert f"{drawing} exists; add --overwrite to replace it" in error_of(ask(NOWHERE, image, *arguments))
+    assert drawing.read_bytes() == b"mine"
+    assert ask(folder, image, *arguments, "--overwrite").exit_code == 0
+    assert Image.open(drawing).size == size
+
+
+@pytest.mark.parametrize(
+    ("arguments", "question", "message"),
+    [
+        ((), " ", "the question is empty"),
+        ((), "<image>", "the question is empty"),
+        ((), "Is <image> like <image>?", "the question has 2 <image> marks for 1 images"),
+        (
+            ("--reduce", "prune", "--keep", 4),
+            "Why?",
+            "unknown method 'prune'; the methods are cls_topk, downsample, hip",
+        ),
+        (
+            ("--reduce", "hiprune", "--keep", 4, "--set", "beta=1"),
+            "Why?",
+            "has no field beta; its fields are keep, alpha",
+        ),
+        (("--reduce", "hiprune", "--keep", 4, "--set", "alpha=2"), "Why?", "alpha must be in [0, 1], got 2"),
+        (("--reduce", "hiprune", "--keep", 4, "--set", "alpha"), "Why?", "--set takes field=value, got 'alpha'"),
+        (("--reduce", "hiprune", "--keep", 0), "Why?", "keep must be a number of tokens"),
+        (("--reduce", "hiprune", "--keep", "half"), "Why?", "or a share in (0, 1), got 'half'"),
+        (("--reduce", "hiprune"), "Why?", "hiprune needs --keep"),
+        (("--keep", 4), "Why?", "--keep and --set need --reduce"),
+        (("--picture", "kept.docx"), "Why?", "pictures of type '.docx' cannot be written; use .png"),
+        (("--device", "abacus"), "Why?", "there is no device 'abacus' here; there are auto, cpu"),
+        (("--dtype", "int3"), "Why?", "'int3' is not one of"),
+    ],
+)
+def test_ask_finds_errors_before_it_looks_for_the_model(image, arguments, question, message):
+    assert message in error_of(ask(NOWHERE, image, *arguments, question=question))
+
+
+def test_ask_says_what_is_wrong_with_an_image(tmp_path):
+    assert "missing.png is no file; check the path" in error_of(ask(NOWHERE, tmp_path / "missing.png"))
+    thin = tmp_path / "thin.png"
+    Image.new("RGB", (1, 5000)).save(thin)
+    assert "one side may be at most 200 times the other" in error_of(ask(NOWHERE, thin))
+
+
+def test_ask_checks_the_method_against_the_model_before_reading_weights(folder, image, checkpoint, tmp_path):
+    for path in folder.iterdir():
+        if path.suffix != ".safetensors":
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    too_many = ask(tmp_path, image, "--reduce", "hiprune", "--keep", 37)
+    assert error_of(too_many) == "Error: keep must be in 1..36, the visual tokens of an image, got 37\n"
+    no_cls = ask(checkpoint(HOST["llava-siglip"]), image, "--reduce", "cls_topk", "--keep", 4)
+    assert "cls_topk needs a tower with a CLS token" in error_of(no_cls)
+
+
+def test_ask_says_which_hosts_are_supported(tmp_path, image):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    assert "model type 'bert' is not supported; supported are llava, llava_next, qwen2_5_vl" in error_of(
+        ask(tmp_path, image)
+    )
+
+
+def test_errors_are_one_line(image):
+    message = error_of(ask(NOWHERE, image))
+    assert message.count("\n") == 1
+    assert message.startswith("Error: ")
+
+
+def test_methods_lists_every_method_with_its_fields():
+    rows = json.loads(run("methods", "--json").stdout)
+    assert [row["name"] for row in rows] == [row.name for row in mv.methods()]
+    (hiprune,) = (row for row in rows if row["name"] == "hiprune")
+    assert hiprune["paper"] == "arXiv 2508.00553"
+    assert hiprune["fields"] | {"alpha": 0.1, "keep": "required"} == hiprune["fields"]
+    printed = run("methods").stdout
+    assert all(row["name"] in printed for row in rows)
+
+
+def test_train_says_what_recipes_there_are():
+    message = error_of(run("train", "no_such_recipe"))
+    assert "no recipe 'no_such_recipe'; there are" in message
+    assert "tiny_llava_scenes" in message
+    assert "an override must look like key=value, got 'seed'" in error_of(run("train", "tiny_llava_scenes", "seed"))
+
+
+def test_train_does_not_overwrite_unasked(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    assert "is not empty" in error_of(run("train", "tiny_llava_scenes", f"output={tmp_path}"))
+
+
+def test_scenes_are_written_in_both_formats(tmp_path):
+    from datasets import load_from_disk
+
+    arguments = ("--split", "test", "--n", 2, "--side", 84)
+    assert run("scenes", tmp_path / "rows", *arguments).exit_code == 0
+    assert len(load_from_disk(tmp_path / "rows")) == 2
+    assert run("scenes", tmp_path / "llava", "--format", "llava", *arguments).exit_code == 0
+    assert len(json.loads((tmp_path / "llava" / CONVERSATIONS).read_text())) == 2
+    assert "is not empty" in error_of(run("scenes", tmp_path / "rows", *arguments))
+    assert "split must be one of train, validation, test" in error_of(run("scenes", tmp_path / "x", "--split", "tset"))
+
+
+def test_overhead_refuses_to_overwrite(tmp_path):
+    (tmp_path / "overhead.json").write_text("{}")
+    assert "exists; add --overwrite" in error_of(run("overhead", "--out", tmp_path / "overhead.json"))
+
+
+def test_question_parts_put_images_where_the_marks_are():
+    image = {"type": "image"}
+    assert question_parts("What?", 2) == [image, image, {"type": "text", "text": "What?"}]
+    assert question_parts("Is <image> like <image>?", 2) == [
+        {"type": "text", "text": "Is"},
+        image,
+        {"type": "text", "text": "like"},
+        image,
+        {"type": "text", "text": "?"},
+    ]
+
+
+def test_prompt_follows_the_chat_template_where_there_is_one():
+    processor = HOST["qwen2.5-vl"].build_processor()
+    parts = question_parts("What?", 1)
+    assert write_prompt(HOST["llava-clip"].processor, parts) == "USER: <image>\nWhat? ASSISTANT:"
+    processor.chat_template = "{% for part in messages[0]['content'] %}[{{ part['type'] }}]{% endfor %}"
+    assert write_prompt(processor, parts) == "[image][text]"
