@@ -66,3 +66,23 @@ def test_import_adds_at_most_half_a_second_to_transformers():
         for _ in range(3)
     ]
     assert min(seconds) <= 0.5
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "from transformers import AutoModel",
+        "from transformers import LlavaConfig",
+        "from peft import LoraConfig",
+        "import mllm_vision.api",
+    ],
+)
+def test_architectures_are_registered_whatever_is_imported_first(first):
+    code = (
+        f"import mllm_vision; {first}\n"
+        "import sys; from transformers import AutoConfig, AutoModelForImageTextToText\n"
+        "config = AutoConfig.for_model('mllm_vision_llava')\n"
+        "assert type(config) in AutoModelForImageTextToText._model_mapping\n"
+        "assert not any(type(finder).__module__.startswith('mllm_vision') for finder in sys.meta_path)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

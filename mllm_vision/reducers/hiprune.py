@@ -36,9 +36,9 @@ class HiPruneConfig(KeepConfig, type="hiprune", paper="arXiv 2508.00553"):
     Args:
         keep: Tokens to keep of an image; a float in (0, 1) is a share of its tokens.
         alpha: Share of `keep` given to anchors and their buffers, in [0, 1] (paper, section 4.1: 0.1).
-        object_layer: Attention map that finds anchors, an index into the tower's layers; None is the host's published
-            one (CLIP-L: 8, Qwen2.5-VL: 15).
-        deep_layer: Attention map that finds registers; None is the host's published one (CLIP-L: -2, Qwen2.5-VL: -1).
+        object_layer: Attention map that finds anchors, an index into the tower's layers; None is the one published for
+            the host (CLIP-L: 8).
+        deep_layer: Attention map that finds registers; None is the one published for the host (CLIP-L: -2).
         neighbours: "grid" stays inside the row, "flat" wraps as the authors' code does.
         budget: "image" spends `keep` wherever the image's attention is; "tile" gives each tile int(keep / T).
     """
