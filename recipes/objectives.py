@@ -145,10 +145,10 @@ class AnswerScenes(Dataset):
 
     Args:
         turns: How many questions of each family (`FAMILIES` or "caption") to ask about a picture; a family that cannot
-            be asked about it is left out.
+            be asked about it is left out. 0.25 asks about one picture in four.
     """
 
-    def __init__(self, split: str, first_scene: int, length: int, side: int, turns: dict[str, int]) -> None:
+    def __init__(self, split: str, first_scene: int, length: int, side: int, turns: dict[str, float]) -> None:
         known = [*FAMILIES, "caption"]
         if unknown := sorted(set(turns) - set(known)):
             raise ValueError(f"turns names unknown families {', '.join(unknown)}; there are {', '.join(known)}")
@@ -163,7 +163,7 @@ class AnswerScenes(Dataset):
         asked: dict[str, Question] = {}  # by text: a question asked twice teaches nothing more
         for family, count in self.turns.items():
             ask = caption_question if family == "caption" else FAMILIES[family]
-            for question in (ask(scene, rng) for _ in range(count)):
+            for question in (ask(scene, rng) for _ in range(int(count) + (rng.random() < count % 1))):
                 if question:
                     asked[question.text] = question
         return {"image": render(scene), "questions": list(asked.values())}

@@ -29,6 +29,7 @@ def publish(plan: Recipe, name: str, stages: list[Path], final: Path) -> None:
     facts = {
         "recipe": name,
         "seed": plan.seed,
+        "note": plan.note,
         "parameters": model.num_parameters(),
         "stages": [json.loads((stage / STAGE_RECORD).read_text(encoding="utf-8")) for stage in stages],
         "split": "test",
@@ -95,7 +96,7 @@ processor = AutoProcessor.from_pretrained(folder)
   generator), so its features speak the word embeddings of the language model. The scores below profit from such labels,
   which photographs do not have.
 - Licence: Apache-2.0.
-"""
+{note_line}"""
 
 
 def _run(facts: dict[str, Any]) -> dict[str, Any]:
@@ -108,6 +109,7 @@ def _run(facts: dict[str, Any]) -> dict[str, Any]:
         "millions": facts["parameters"] / 1e6,
         "hardware_line": f"{hardware['threads']} threads of {hardware['cpu']}, {hardware['gpus'] or 'no GPU'}",
         "time_line": " + ".join(times),
+        "note_line": f"- Note: {facts['note']}\n" if facts["note"] else "",
         "version_line": ", ".join(f"{package} {number}" for package, number in facts["versions"].items()),
     }
 

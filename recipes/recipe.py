@@ -38,7 +38,7 @@ class Stage:
     objective: str
     trains: list[str]
     first_scene: int = 0
-    turns: dict[str, int] = field(default_factory=dict)
+    turns: dict[str, float] = field(default_factory=dict)
     arguments: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -53,6 +53,7 @@ class Recipe:
     Args:
         output: Folder of checkpoints, finished stages and the final model.
         scored_per_family: Test questions per family for the model card.
+        note: What a reader of the model card must know about the run; printed there as it stands.
         overwrite: Drop what an earlier run left in `output`.
     """
 
@@ -61,6 +62,7 @@ class Recipe:
     model: ModelSpec
     stages: list[Stage]
     scored_per_family: int = 500
+    note: str = ""
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -115,7 +117,18 @@ def _override(raw: dict[str, Any], override: str) -> None:
             raise ValueError(f"{key}: unknown key {part!r}; there are {', '.join(map(str, node))}")
     if not isinstance(node, dict):
         raise ValueError(f"{key}: {'.'.join(path)} has no keys to override")
-    node[last] = yaml.safe_load(value)
+    node[last] = _value(value)
+
+
+def _value(text: str) -> Any:
+    """A YAML value; also a number like 1e-4, which YAML 1.1 takes for a string."""
+    value = yaml.safe_load(text)
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
 
 
 def _checked(kind: type, mapping: Any, where: str) -> dict[str, Any]:

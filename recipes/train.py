@@ -193,6 +193,12 @@ class AnswerTrainer(Trainer):
         self.log(answered)
         return {**metrics, **answered}
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        # transformers 5 renames keys on saving, and the stock Trainer compares the saved names with the live ones: it
+        # would find nothing of a LLaVA, warn, and go on with the weights the run began with.
+        saved = type(self.model).from_pretrained(resume_from_checkpoint)
+        self.model.load_state_dict(saved.state_dict())
+
 
 def _patch_word_accuracy(prediction: EvalPrediction) -> dict[str, float]:
     right, of = np.moveaxis(np.asarray(prediction.predictions).sum(0), -1, 0)

@@ -8,16 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from mllm_vision.scenes.draw import REFERENCE_SIDE, Scene, render, sample_scene
-from mllm_vision.scenes.questions import FAMILIES, Question, caption, caption_question
+from mllm_vision.scenes.questions import (
+    FAMILIES,
+    NEGATIVES,
+    Question,
+    caption,
+    caption_question,
+    existence_question,
+)
 
 CONVERSATIONS = "conversations.json"
 IMAGE_FOLDER = "images"
 
 
 def scene_questions(scene: Scene) -> list[Question]:
-    """One question of each family that can be asked about the scene, always the same ones."""
+    """One question of each family that can be asked, existence once for each kind of answer; always the same ones."""
     rng = random.Random(f"export-{scene.split}-{scene.index}")
-    questions = [ask(scene, rng) for ask in FAMILIES.values()]
+    questions: list[Question | None] = [existence_question(scene, rng, kind) for kind in ("present", *NEGATIVES)]
+    questions += [ask(scene, rng) for family, ask in FAMILIES.items() if family != "existence"]
     return [question for question in questions if question]
 
 
@@ -66,7 +74,7 @@ def export_llava(
 ) -> Path:
     """Save `n` scenes in LLaVA's training format: `conversations.json` and PNG files under `images/`.
 
-    A conversation is the caption first and then one question of each family; `image` is relative to the image folder.
+    A conversation is the caption first and then `scene_questions`; `image` is relative to the image folder.
 
     Raises:
         FileExistsError: `folder` has something in it and `overwrite` is false.

@@ -51,22 +51,28 @@ def shape_statistics() -> tuple[np.ndarray, np.ndarray]:
 
 
 def absent_shape(scene: Scene, negative: str, rng: random.Random) -> str:
-    """A shape that is not in the scene, chosen as POPE chooses its negatives."""
+    """A shape that is not in the scene: one of POPE's `NEGATIVES`, or "absent".
+
+    "absent" is for training: shapes are asked for in vain about as often as they are there, so that the name of a shape
+    says nothing about the answer and only the picture does.
+    """
     present = sorted({SHAPES.index(thing.shape) for thing in scene.things})
     absent = [i for i in range(len(SHAPES)) if i not in present]
     frequency, together = shape_statistics()
+    if negative == "absent":
+        return SHAPES[rng.choices(absent, [frequency[i] for i in absent])[0]]
     if negative == "random":
         return SHAPES[rng.choice(absent)]
     if negative == "popular":
         return SHAPES[max(absent, key=lambda i: frequency[i])]
     if negative == "adversarial":
         return SHAPES[max(absent, key=lambda i: together[i, present].sum())]
-    raise ValueError(f"negative must be one of {', '.join(NEGATIVES)}, got {negative!r}")
+    raise ValueError(f"negative must be one of absent, {', '.join(NEGATIVES)}, got {negative!r}")
 
 
 def existence_question(scene: Scene, rng: random.Random, kind: str | None = None) -> Question:
-    """Ask for a shape that is there (`kind` "present") or is not (one of `NEGATIVES`); None: either, evenly."""
-    kind = kind or rng.choice(("present", rng.choice(NEGATIVES)))
+    """Ask for a shape that is there (`kind` "present") or is not ("absent" or one of `NEGATIVES`); None: even odds."""
+    kind = kind or rng.choice(("present", "absent"))
     shape = rng.choice(scene.things).shape if kind == "present" else absent_shape(scene, kind, rng)
     answer = "yes" if kind == "present" else "no"
     return Question("existence", kind, rng.choice(_EXISTENCE).format(shape), answer)

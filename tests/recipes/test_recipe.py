@@ -20,6 +20,9 @@ def test_overrides_reach_a_stage_by_its_name():
     recipe = load_recipe("tiny_llava_scenes", ["seed=3", "stages.tower.arguments.max_steps=7", "output=elsewhere"])
     assert (recipe.seed, recipe.output) == (3, "elsewhere")
     assert recipe.stages[0].arguments["max_steps"] == 7
+    assert load_recipe("tiny_llava_scenes", ["stages.tower.arguments.learning_rate=1e-4"]).stages[0].arguments[
+        "learning_rate"
+    ] == pytest.approx(1e-4)
     assert recipe.stages[1].arguments == load_recipe("tiny_llava_scenes").stages[1].arguments
 
 
@@ -27,7 +30,7 @@ def test_overrides_reach_a_stage_by_its_name():
     ("override", "message"),
     [
         ("sed=3", "unknown key sed; valid keys are output, seed, model, stages"),
-        ("stages.towr.arguments.max_steps=7", "no stage 'towr'; there are tower, language"),
+        ("stages.towr.arguments.max_steps=7", "no stage 'towr'; there are tower, captions, mixed, questions"),
         ("stages.tower.max_step=7", "unknown key max_step; valid keys are name, objective, trains"),
         ("stages.tower.arguments.max_step=7", "unknown key max_step; valid keys are .*max_steps"),
         ("stages.tower.arguments.output_dir=x", "unknown key output_dir"),

@@ -9,26 +9,42 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration, TrainerCa
 import mllm_vision.recipes.train as train_module
 from mllm_vision.recipes.train import train
 
-TOY = [
-    "model.side=70",
-    "model.vision={image_size: 70, patch_size: 14, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 3, "
-    "num_attention_heads: 2}",
-    "model.text={hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2, "
-    "tie_word_embeddings: true}",
-    "scored_per_family=4",
-    *(
-        f"stages.{stage}.arguments.{key}={value}"
-        for stage in ("tower", "language")
-        for key, value in {
-            "max_steps": 3,
-            "per_device_train_batch_size": 2,
-            "save_steps": 1,
-            "eval_strategy": "no",
-            "disable_tqdm": "true",
-            "warmup_steps": 0,
-        }.items()
-    ),
-]
+_STAGE = """
+  - name: {name}
+    objective: {objective}
+    trains: {trains}
+    turns: {turns}
+    arguments:
+      max_steps: 3
+      per_device_train_batch_size: 2
+      learning_rate: 1.0e-3
+      eval_strategy: "no"
+      save_steps: 1
+      disable_tqdm: true
+"""
+TOY = (
+    """
+output: nowhere
+seed: 0
+scored_per_family: 4
+model:
+  side: 70
+  vision: {image_size: 70, patch_size: 14, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 3,
+           num_attention_heads: 2}
+  text: {hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2,
+         tie_word_embeddings: true}
+stages:
+"""
+    + _STAGE.format(
+        name="tower", objective="patch_words", trains="[model.vision_tower, model.multi_modal_projector]", turns="{}"
+    )
+    + _STAGE.format(
+        name="language",
+        objective="answers",
+        trains="[model.multi_modal_projector, model.language_model]",
+        turns="{caption: 0.5, existence: 2, count: 1}",
+    )
+)
 
 
 class Killed(Exception):
@@ -48,7 +64,14 @@ def weights(folder):
     return LlavaForConditionalGeneration.from_pretrained(folder).state_dict()
 
 
-def train_and_kill(monkeypatch, objective, step, overrides):
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    path = tmp_path_factory.mktemp("recipe") / "toy.yaml"
+    path.write_text(TOY)
+    return path
+
+
+def train_and_kill(monkeypatch, toy, objective, step, *overrides):
     build = train_module._OBJECTIVES[objective]
 
     def build_and_kill(*args):
@@ -59,19 +82,19 @@ def train_and_kill(monkeypatch, objective, step, overrides):
     with monkeypatch.context() as patch:
         patch.setitem(train_module._OBJECTIVES, objective, build_and_kill)
         with pytest.raises(Killed):
-            train("tiny_llava_scenes", overrides)
+            train(toy, overrides)
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
-    return train("tiny_llava_scenes", [*TOY, f"output={tmp_path_factory.mktemp('run') / 'unbroken'}"])
+def unbroken(toy, tmp_path_factory):
+    return train(toy, [f"output={tmp_path_factory.mktemp('run') / 'unbroken'}"])
 
 
-def test_a_run_killed_in_each_stage_ends_where_an_unbroken_one_does(unbroken, tmp_path, monkeypatch):
-    overrides = [*TOY, f"output={tmp_path / 'broken'}"]
+def test_a_run_killed_in_each_stage_ends_where_an_unbroken_one_does(toy, unbroken, tmp_path, monkeypatch):
+    output = f"output={tmp_path / 'broken'}"
     for objective, step in [("patch_words", 2), ("answers", 1)]:
-        train_and_kill(monkeypatch, objective, step, overrides)
-    resumed, expected = weights(train("tiny_llava_scenes", overrides)), weights(unbroken)
+        train_and_kill(monkeypatch, toy, objective, step, output)
+    resumed, expected = weights(train(toy, [output])), weights(unbroken)
     assert resumed.keys() == expected.keys()
     for key, value in expected.items():
         assert torch.equal(resumed[key], value), key
@@ -104,24 +127,23 @@ def test_only_what_a_stage_names_is_trained(unbroken):
     )
 
 
-def test_a_finished_run_is_not_overwritten_unasked(unbroken):
+def test_a_finished_run_is_not_overwritten_unasked(toy, unbroken):
     before = (unbroken / "model.safetensors").stat().st_mtime_ns
-    overrides = [*TOY, f"output={unbroken.parent}"]
     with pytest.raises(FileExistsError, match="finished run; pass overwrite=true"):
-        train("tiny_llava_scenes", overrides)
+        train(toy, [f"output={unbroken.parent}"])
     assert (unbroken / "model.safetensors").stat().st_mtime_ns == before
 
 
-def test_an_unfinished_run_is_not_continued_with_another_recipe(tmp_path, monkeypatch):
-    overrides = [*TOY, f"output={tmp_path / 'run'}"]
-    train_and_kill(monkeypatch, "patch_words", 1, overrides)
+def test_an_unfinished_run_is_not_continued_with_another_recipe(toy, tmp_path, monkeypatch):
+    output = f"output={tmp_path / 'run'}"
+    train_and_kill(monkeypatch, toy, "patch_words", 1, output)
     with pytest.raises(FileExistsError, match="unfinished run of another recipe"):
-        train("tiny_llava_scenes", [*overrides, "seed=1"])
+        train(toy, [output, "seed=1"])
 
 
 @pytest.mark.parametrize("extra", [[], ["overwrite=true"]])
-def test_a_folder_that_holds_no_run_is_left_alone(tmp_path, extra):
+def test_a_folder_that_holds_no_run_is_left_alone(toy, tmp_path, extra):
     (tmp_path / "precious.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="holds no training run"):
-        train("tiny_llava_scenes", [*TOY, f"output={tmp_path}", *extra])
+        train(toy, [f"output={tmp_path}", *extra])
     assert (tmp_path / "precious.txt").read_text() == "mine"
