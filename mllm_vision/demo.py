@@ -239,8 +239,9 @@ def draw(
 
 
 def _resized(tile: Image.Image, grid: tuple[int, int], stock: tuple[int, int]) -> Image.Image:
-    """The tile as a tower sees it on ``grid`` (h, w) instead of on the ``stock`` (H, W)."""
-    return tile.resize((tile.width * grid[1] // stock[1], tile.height * grid[0] // stock[0]), Image.Resampling.BICUBIC)
+    """The tile with the detail that is left of it on ``grid`` (h, w) instead of on the ``stock`` (H, W)."""
+    small = (tile.width * grid[1] // stock[1], tile.height * grid[0] // stock[0])
+    return tile.resize(small, Image.Resampling.BICUBIC).resize(tile.size, Image.Resampling.BICUBIC)
 
 
 def table(results: Sequence[MethodResult]) -> Table:
