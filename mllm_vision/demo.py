@@ -8,6 +8,7 @@ fitted prompt, up to the first new token; decode each further token. The cache i
 from __future__ import annotations
 
 import json
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,8 +32,7 @@ from mllm_vision.pictures import SheetCell, SheetRow, contact_sheet, draw_kept, 
 from mllm_vision.prompts import question_parts, write_prompt
 from mllm_vision.reducers import CLSTopKConfig, DownsampleConfig, HiPruneConfig, PoolConfig, RandomConfig
 from mllm_vision.registry import MethodConfig
-from mllm_vision.scenes import Question, Scene, render, sample_scene
-from mllm_vision.scenes.export import scene_questions
+from mllm_vision.scenes import FAMILIES, Question, Scene, render, sample_scene
 
 MODEL = "tiny-llava-scenes"
 SPLIT, SEED = "test", 0
@@ -139,8 +139,9 @@ def run_demo(
 def held_out_questions(side: int) -> Iterator[Asked]:
     """Test scenes of ``side`` pixels, each with one question of every family that can be asked about it."""
     for index in count():
-        scene = sample_scene(SPLIT, index, side=side)
-        yield from ((scene, question) for question in scene_questions(scene))
+        scene, rng = sample_scene(SPLIT, index, side=side), random.Random(f"demo-{SEED}-{index}")
+        questions = [ask(scene, rng) for ask in FAMILIES.values()]
+        yield from ((scene, question) for question in questions if question is not None)
 
 
 def inputs_for(processor: ProcessorMixin, asked: Asked) -> BatchFeature:
