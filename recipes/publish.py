@@ -44,6 +44,7 @@ def publish(plan: Recipe, name: str, stages: list[Path], final: Path) -> None:
     for config in (model.config, model.config.text_config, model.config.vision_config):
         config.dtype = torch.float32
     model.config.save_pretrained(partial)
+    processor.tokenizer.backend_tokenizer.no_padding()  # a property of the last batch that was asked, not of the model
     processor.save_pretrained(partial)
     (partial / SCORES).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     (partial / "README.md").write_text(model_card(facts), encoding="utf-8")
@@ -105,10 +106,12 @@ def _run(facts: dict[str, Any]) -> dict[str, Any]:
         f"{stage['name']} {stage['seconds'] / 60:.0f} min" if stage["seconds"] else f"{stage['name']} not measured"
         for stage in facts["stages"]
     ]
+    seconds = [stage["seconds"] for stage in facts["stages"]]
+    total = f" = {sum(seconds) / 60:.0f} min" if all(seconds) else ""
     return {
         "millions": facts["parameters"] / 1e6,
         "hardware_line": f"{hardware['threads']} threads of {hardware['cpu']}, {hardware['gpus'] or 'no GPU'}",
-        "time_line": " + ".join(times),
+        "time_line": " + ".join(times) + total,
         "note_line": f"- Note: {facts['note']}\n" if facts["note"] else "",
         "version_line": ", ".join(f"{package} {number}" for package, number in facts["versions"].items()),
     }

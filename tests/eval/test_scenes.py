@@ -9,6 +9,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import mllm_vision.scenes
 from mllm_vision.eval.scenes import answer_questions, evaluate_scenes, sample_questions, yes_no_scores
+from mllm_vision.recipes.publish import model_card
 from mllm_vision.recipes.tiny_model import build_processor
 from mllm_vision.scenes import FAMILIES, NEGATIVES
 
@@ -105,3 +106,8 @@ def test_the_checkpoint_answers_the_same_alone_and_in_a_batch():
     asked = [sample_questions("test", family, 2)[0] for family in FAMILIES]
     together = answer_questions(model, processor, asked)
     assert together == answer_questions(model, processor, asked, batch_size=1)
+
+
+def test_the_card_of_the_checkpoint_is_made_from_its_scores():
+    facts = json.loads((CHECKPOINT / "scores.json").read_text())
+    assert (CHECKPOINT / "README.md").read_text() == model_card(facts)

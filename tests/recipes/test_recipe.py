@@ -30,7 +30,7 @@ def test_overrides_reach_a_stage_by_its_name():
     ("override", "message"),
     [
         ("sed=3", "unknown key sed; valid keys are output, seed, model, stages"),
-        ("stages.towr.arguments.max_steps=7", "no stage 'towr'; there are tower, captions, mixed, questions"),
+        ("stages.towr.arguments.max_steps=7", "no stage 'towr'; there are tower, captions, mixed, questions, relations"),
         ("stages.tower.max_step=7", "unknown key max_step; valid keys are name, objective, trains"),
         ("stages.tower.arguments.max_step=7", "unknown key max_step; valid keys are .*max_steps"),
         ("stages.tower.arguments.output_dir=x", "unknown key output_dir"),
