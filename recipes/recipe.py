@@ -96,6 +96,8 @@ def load_recipe(recipe: str | Path, overrides: list[str] | tuple[str, ...] = ())
     for stage in fields["stages"]:
         known = [f.name for f in dataclasses.fields(TrainingArguments) if f.init and f.name not in _SET_BY_RECIPE]
         _check_keys(stage.arguments, known, f"stages.{stage.name}.arguments")
+        if stage.arguments.get("max_steps", 0) < 1:
+            raise ValueError(f"stages.{stage.name}.arguments needs max_steps of at least 1: scenes have no epochs")
     return Recipe(**fields)
 
 

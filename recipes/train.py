@@ -116,7 +116,8 @@ def _run_stage(
         seed=plan.seed,
     )
     _freeze_all_but(model, stage.trains)
-    length = arguments.max_steps * arguments.train_batch_size * arguments.gradient_accumulation_steps
+    batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    length = arguments.max_steps * batch  # scenes without end: no picture is seen twice
     trainer = _OBJECTIVES[stage.objective](stage, model, processor, arguments, length)
     latest = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
     started = time.monotonic()

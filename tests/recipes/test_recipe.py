@@ -30,13 +30,17 @@ def test_overrides_reach_a_stage_by_its_name():
     ("override", "message"),
     [
         ("sed=3", "unknown key sed; valid keys are output, seed, model, stages"),
-        ("stages.towr.arguments.max_steps=7", "no stage 'towr'; there are tower, captions, mixed, questions, relations"),
+        (
+            "stages.towr.arguments.max_steps=7",
+            "no stage 'towr'; there are tower, captions, mixed, questions, relations",
+        ),
         ("stages.tower.max_step=7", "unknown key max_step; valid keys are name, objective, trains"),
         ("stages.tower.arguments.max_step=7", "unknown key max_step; valid keys are .*max_steps"),
         ("stages.tower.arguments.output_dir=x", "unknown key output_dir"),
         ("model.visoin.hidden_size=7", "unknown key 'visoin'; there are side, vision, text"),
         ("stages=3", "stages must be a list"),
         ("stages.tower.objective=words", "objective must be one of patch_words, answers, got 'words'"),
+        ("stages.tower.arguments.max_steps=0", "stages.tower.arguments needs max_steps of at least 1"),
         ("seed", "must look like key=value"),
     ],
 )
