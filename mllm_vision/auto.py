@@ -64,7 +64,7 @@ class _AfterAutoConfig(importlib.abc.MetaPathFinder):
                 sys.meta_path.remove(self)
                 _register_configs()
 
-        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign, assignment]
         return spec
 
 

@@ -50,7 +50,7 @@ class Dtype(str, Enum):
 
 class SceneFormat(str, Enum):
     datasets = "datasets"
-    llava = "llava"
+    conversations = "conversations"
 
 
 def main() -> None:
@@ -167,9 +167,9 @@ def scenes(
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "train",
     n: Annotated[int, typer.Option(min=1, help="Number of scenes.")] = 1000,
-    form: Annotated[SceneFormat, typer.Option("--format", help="A datasets directory, or LLaVA conversations.")] = (
-        SceneFormat.datasets
-    ),
+    form: Annotated[
+        SceneFormat, typer.Option("--format", help="A datasets directory, or LLaVA-style conversations.")
+    ] = (SceneFormat.datasets),
     side: Annotated[int, typer.Option(help="Width and height in pixels.")] = 140,
     seed: Annotated[int, typer.Option(help="Another seed draws other scenes.")] = 0,
     overwrite: Overwrite = False,
@@ -177,7 +177,7 @@ def scenes(
     """Write drawn scenes with questions and answers, to train or to measure a model on."""
     from mllm_vision.scenes import export
 
-    write = export.export_dataset if form is SceneFormat.datasets else export.export_llava
+    write = export.export_dataset if form is SceneFormat.datasets else export.export_conversations
     typer.echo(write(out, split, n, side=side, seed=seed, overwrite=overwrite))
 
 

@@ -13,7 +13,7 @@ import pkgutil
 from dataclasses import MISSING, dataclass
 from importlib.metadata import entry_points
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 KIND_PACKAGES = ("reducers", "projectors", "towers", "decoding")
 ENTRY_POINT_GROUP = "mllm_vision.methods"
@@ -50,6 +50,13 @@ class MethodConfig:
             raise ValueError(f"{cls.__name__} has no field {', '.join(unknown)}; its fields are {', '.join(valid)}")
         return super().__new__(cls)
 
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value, hint = getattr(self, field.name), hints[field.name]
+            if not _fits(value, hint):
+                raise ValueError(f"{field.name} must be {_words(hint)}, got {value!r}")
+
     def to_dict(self) -> dict[str, Any]:
         """The type and the fields that differ from their defaults, as stored in `config.json`."""
         fields = {f.name: (getattr(self, f.name), f.default) for f in dataclasses.fields(self)}
@@ -64,7 +71,11 @@ class MethodConfig:
         """
         if "type" not in stored:
             raise ValueError(f"a method needs a 'type', got {stored!r}; {_known()}")
-        return config_class(stored["type"])(**{k: v for k, v in stored.items() if k != "type"})
+        config, given = config_class(stored["type"]), {k: v for k, v in stored.items() if k != "type"}
+        required = [f.name for f in dataclasses.fields(config) if f.default is MISSING]
+        if missing := [name for name in required if name not in given]:
+            raise ValueError(f"{stored['type']} needs {', '.join(missing)}")
+        return config(**given)
 
 
 @dataclass(frozen=True)
@@ -135,7 +146,20 @@ def _known() -> str:
     return f"the methods are {', '.join(sorted(_CONFIGS))}"
 
 
-def one_of(field: str, value: Any, choices: tuple[Any, ...]) -> None:
-    """Raise ValueError unless ``value`` is one of ``choices``."""
-    if value not in choices:
-        raise ValueError(f"{field} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether ``value`` is of a field's type: a plain type, a `Literal`, or a union of them. A bool is no number."""
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if get_args(hint):
+        return any(_fits(value, part) for part in get_args(hint))
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, hint) or (hint is float and isinstance(value, int))
+
+
+def _words(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(repr, get_args(hint)))
+    if get_args(hint):
+        return " or ".join(map(_words, get_args(hint)))
+    return "None" if hint is type(None) else f"of type {hint.__name__}"

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import Dataset
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from transformers import PreTrainedModel, ProcessorMixin
 
 from mllm_vision.recipes.tiny_model import BACKGROUND, CENTRE, REST
 from mllm_vision.scenes.draw import COLOURS, SHAPES, SIZES, TEXTS, TEXTURES, Scene, label_patches, render, sample_scene
@@ -79,15 +79,15 @@ def patch_words(scene: Scene, patch: int) -> dict[str, np.ndarray]:
 class PatchWords(nn.Module):
     """Teaches a tower to say what lies under each patch in the words of the language model.
 
-    The stand-in for CLIP's pretraining. The projected feature of a patch, at the layer that LLaVA reads, is compared
+    The stand-in for CLIP's pretraining. The projected feature of a patch, at the layer that the host reads, is compared
     with the word embeddings of the language model; so visual tokens start out as words it already knows. The last
-    layer, which LLaVA does not read, learns through CLS what the whole picture holds, as CLIP's does.
+    layer, which the host does not read, learns through CLS what the whole picture holds, as CLIP's does.
     """
 
     # Word embeddings start at a length of 0.02 * sqrt(256) = 0.3: a feature that is the sum of its words scores 10.
     logit_scale = 100.0
 
-    def __init__(self, model: LlavaForConditionalGeneration, processor: LlavaProcessor) -> None:
+    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin) -> None:
         super().__init__()
         self.tower = model.model.vision_tower
         self.projector = model.model.multi_modal_projector
@@ -131,7 +131,7 @@ class PatchWords(nn.Module):
 
 
 class PatchWordCollator:
-    def __init__(self, processor: LlavaProcessor) -> None:
+    def __init__(self, processor: ProcessorMixin) -> None:
         self.image_processor = processor.image_processor
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -177,7 +177,7 @@ class AnswerCollator:
     question about one picture, and no answer can be copied from another turn. The loss is on answers only.
     """
 
-    def __init__(self, processor: LlavaProcessor) -> None:
+    def __init__(self, processor: ProcessorMixin) -> None:
         self.processor = processor
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -215,7 +215,7 @@ class AnswerCollator:
         return ids, labels, positions, branch
 
 
-def _single_token(processor: LlavaProcessor, word: str) -> int:
+def _single_token(processor: ProcessorMixin, word: str) -> int:
     ids = processor.tokenizer(word, add_special_tokens=False)["input_ids"]
     if len(ids) != 1:
         raise ValueError(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mllm_vision.eval.environment import environment
 from mllm_vision.eval.scenes import evaluate_scenes
@@ -25,7 +25,7 @@ def publish(plan: Recipe, name: str, stages: list[Path], final: Path) -> None:
         final: A folder that does not exist; it appears only when all of it is written.
     """
     processor = AutoProcessor.from_pretrained(stages[-1])
-    model = LlavaForConditionalGeneration.from_pretrained(stages[-1], dtype=torch.float16)
+    model = AutoModelForImageTextToText.from_pretrained(stages[-1], dtype=torch.float16)
     facts = {
         "recipe": name,
         "seed": plan.seed,
@@ -68,20 +68,20 @@ _CARD = """\
 license: apache-2.0
 library_name: transformers
 pipeline_tag: image-text-to-text
-tags: [llava, tiny, synthetic]
+tags: [tiny, synthetic]
 ---
 
 # {title}
 
-A stock `LlavaForConditionalGeneration` of {millions:.1f} million parameters that answers short questions about drawn
+A stock LLaVA-style model of {millions:.1f} million parameters that answers short questions about drawn
 scenes: is there a star, how many, of which colour, left or right of what, what is written. It is small enough for tests
 and demonstrations on a laptop and good enough to show what the pruning of visual tokens costs. It knows nothing about
 photographs.
 
 ```python
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
-model = LlavaForConditionalGeneration.from_pretrained(folder)  # float16 on disk, float32 in memory
+model = AutoModelForImageTextToText.from_pretrained(folder)  # float16 on disk, float32 in memory
 processor = AutoProcessor.from_pretrained(folder)
 ```
 

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 import yaml
 from transformers import (
+    AutoModelForImageTextToText,
     AutoProcessor,
     EvalPrediction,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
+    PreTrainedModel,
+    ProcessorMixin,
     Trainer,
     TrainingArguments,
     set_seed,
@@ -89,16 +90,14 @@ def _claim(plan: Recipe, output: Path) -> None:
     record.write_text(wanted, encoding="utf-8")
 
 
-def _load(plan: Recipe, previous: Path | None) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+def _load(plan: Recipe, previous: Path | None) -> tuple[PreTrainedModel, ProcessorMixin]:
     if previous is not None:
-        return LlavaForConditionalGeneration.from_pretrained(previous), AutoProcessor.from_pretrained(previous)
+        return AutoModelForImageTextToText.from_pretrained(previous), AutoProcessor.from_pretrained(previous)
     processor = build_processor(plan.model.side, plan.model.vision["patch_size"])
     return build_model(plan.model.vision, plan.model.text, processor), processor
 
 
-def _run_stage(
-    plan: Recipe, stage: Stage, model: LlavaForConditionalGeneration, processor: LlavaProcessor, done: Path
-) -> None:
+def _run_stage(plan: Recipe, stage: Stage, model: PreTrainedModel, processor: ProcessorMixin, done: Path) -> None:
     """Train one stage and leave its model in `done`, which appears only when all of it is written."""
     checkpoints = done.with_name(f"{stage.name}.checkpoints")
     arguments = TrainingArguments(
@@ -142,8 +141,8 @@ def _run_stage(
 
 def _patch_words_trainer(
     stage: Stage,
-    model: LlavaForConditionalGeneration,
-    processor: LlavaProcessor,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
     arguments: TrainingArguments,
     length: int,
 ) -> Trainer:
@@ -161,8 +160,8 @@ def _patch_words_trainer(
 
 def _answers_trainer(
     stage: Stage,
-    model: LlavaForConditionalGeneration,
-    processor: LlavaProcessor,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
     arguments: TrainingArguments,
     length: int,
 ) -> Trainer:
@@ -196,7 +195,7 @@ class AnswerTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         # transformers 5 renames keys on saving, and the stock Trainer compares the saved names with the live ones: it
-        # would find nothing of a LLaVA, warn, and go on with the weights the run began with.
+        # would find nothing of the model, warn, and go on with the weights the run began with.
         saved = type(self.model).from_pretrained(resume_from_checkpoint)
         self.model.load_state_dict(saved.state_dict())
 

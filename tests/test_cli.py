@@ -177,8 +177,8 @@ def test_scenes_are_written_in_both_formats(tmp_path):
     arguments = ("--split", "test", "--n", 2, "--side", 84)
     assert run("scenes", tmp_path / "rows", *arguments).exit_code == 0
     assert len(load_from_disk(tmp_path / "rows")) == 2
-    assert run("scenes", tmp_path / "llava", "--format", "llava", *arguments).exit_code == 0
-    assert len(json.loads((tmp_path / "llava" / CONVERSATIONS).read_text())) == 2
+    assert run("scenes", tmp_path / "conversations", "--format", "conversations", *arguments).exit_code == 0
+    assert len(json.loads((tmp_path / "conversations" / CONVERSATIONS).read_text())) == 2
     assert "is not empty" in error_of(run("scenes", tmp_path / "rows", *arguments))
     assert "split must be one of train, validation, test" in error_of(run("scenes", tmp_path / "x", "--split", "tset"))
 

@@ -1,7 +1,10 @@
-"""The README's Python blocks run, in order, as one script."""
+"""The README's Python blocks run, in order, as one script, and its tables are those of the result files."""
 
+import json
 import re
 from pathlib import Path
+
+import pytest
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -14,3 +17,37 @@ def test_python_blocks_run(tmp_path, monkeypatch, capsys):
     assert names["answer"].strip()
     assert len(names["again"].vision_slots.methods) == 1
     assert "(10, 10)" in capsys.readouterr().out
+
+
+RESULTS = README.parent / "eval" / "results"
+CARD = README.parent / "mllm_vision" / "checkpoints" / "tiny-llava-scenes" / "scores.json"
+
+
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def demo_rows():
+    result = read(RESULTS / "demo.json")
+    for row in result["methods"]:
+        times = (f"{row[name]:.1f}" for name in ("encode_ms", "prefill_ms", "decode_ms"))
+        yield f"| {row['name']} | {row['tokens']} | {' | '.join(times)} | {row['right']} of {result['settings']['n']} |"
+
+
+def overhead_rows():
+    for row in read(RESULTS / "overhead.json")["rows"]:
+        ratio, target = row["ratio"], row["target"]
+        spread = f"{ratio['min']:.3f} to {ratio['max']:.3f}" if ratio["pairs"] > 1 else ""
+        yield f"| {row['name']} | {row['case']} | {ratio['median']:.3f} | {spread} | {target or ''} |"
+
+
+def score_rows():
+    for family, score in read(CARD)["scores"].items():
+        f1 = f"{score['f1']:.3f}" if "f1" in score else ""
+        yield f"| {family.replace('_', ', ')} | {score['n']} | {score['accuracy']:.3f} | {f1} |"
+
+
+@pytest.mark.parametrize("rows", [demo_rows, overhead_rows, score_rows])
+def test_tables_are_those_of_the_result_files(rows):
+    expected = "\n".join(rows())
+    assert expected in README.read_text(encoding="utf-8"), f"the README should say\n{expected}"

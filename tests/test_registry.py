@@ -40,6 +40,8 @@ def test_an_unknown_method_is_answered_with_those_that_exist():
         MethodConfig.from_dict({"type": "hi-prune", "keep": 3})
     with pytest.raises(ValueError, match=r"a method needs a 'type'.*hiprune"):
         MethodConfig.from_dict({"keep": 3})
+    with pytest.raises(ValueError, match="hiprune needs keep"):
+        MethodConfig.from_dict({"type": "hiprune", "alpha": 0.2})
 
 
 def test_an_unknown_field_is_answered_with_those_that_exist():

@@ -19,7 +19,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mllm_vision.registry import one_of
 from mllm_vision.operations import KeepConfig, TokenOperation, TowerFacts
 from mllm_vision.tokens import AttentionReceived, Roles, VisualTokens
 
@@ -53,8 +52,6 @@ class HiPruneConfig(KeepConfig, type="hiprune", paper="arXiv 2508.00553"):
         super().__post_init__()
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha must be in [0, 1], got {self.alpha}")
-        one_of("neighbours", self.neighbours, ("grid", "flat"))
-        one_of("budget", self.budget, ("image", "tile"))
 
     def build(self, tower: TowerFacts) -> TokenOperation:
         return HiPrune(self, tower)

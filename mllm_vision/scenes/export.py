@@ -1,4 +1,4 @@
-"""Write drawn scenes to disk: as a `datasets` directory, or as LLaVA conversations with an image folder."""
+"""Write drawn scenes to disk: as a `datasets` directory, or as conversations with an image folder."""
 
 import json
 import random
@@ -69,10 +69,10 @@ def export_dataset(
     return folder
 
 
-def export_llava(
+def export_conversations(
     folder: str | Path, split: str, n: int, *, side: int = REFERENCE_SIDE, seed: int = 0, overwrite: bool = False
 ) -> Path:
-    """Save `n` scenes in LLaVA's training format: `conversations.json` and PNG files under `images/`.
+    """Save `n` scenes as LLaVA-style models are trained on: `conversations.json` and PNG files under `images/`.
 
     A conversation is the caption first and then `scene_questions`; `image` is relative to the image folder.
 

@@ -120,7 +120,9 @@ def test_works_after_another_reducer():
     [
         ({"keep": 0}, "keep must be a number of tokens"),
         ({"keep": 1.5}, "keep must be a number of tokens"),
-        ({"keep": True}, "keep must be a number of tokens"),
+        ({"keep": True}, "keep must be of type int or of type float, got True"),
+        ({"keep": 4, "alpha": "much"}, "alpha must be of type float, got 'much'"),
+        ({"keep": 4, "object_layer": 1.5}, "object_layer must be of type int or None, got 1.5"),
         ({"keep": 4, "alpha": -0.1}, r"alpha must be in \[0, 1\], got -0.1"),
         ({"keep": 4, "neighbours": "round"}, "neighbours must be one of 'grid', 'flat', got 'round'"),
         ({"keep": 4, "budget": "batch"}, "budget must be one of 'image', 'tile', got 'batch'"),

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from mllm_vision.scenes import caption, render, sample_scene
-from mllm_vision.scenes.export import export_dataset, export_llava, scene_questions
+from mllm_vision.scenes.export import export_conversations, export_dataset, scene_questions
 
 
 def test_a_datasets_directory_holds_the_scenes(tmp_path):
@@ -24,7 +24,7 @@ def test_a_datasets_directory_holds_the_scenes(tmp_path):
 
 
 def test_llava_conversations_name_the_pictures_beside_them(tmp_path):
-    folder = export_llava(tmp_path / "llava", "validation", 3)
+    folder = export_conversations(tmp_path / "llava", "validation", 3)
     conversations = json.loads((folder / "conversations.json").read_text())
     assert [entry["id"] for entry in conversations] == [f"validation-{i:06d}" for i in range(3)]
     for i, entry in enumerate(conversations):
@@ -38,7 +38,7 @@ def test_llava_conversations_name_the_pictures_beside_them(tmp_path):
         assert asked == [(question.text, question.answer) for question in scene_questions(scene)]
 
 
-@pytest.mark.parametrize("export", [export_dataset, export_llava])
+@pytest.mark.parametrize("export", [export_dataset, export_conversations])
 def test_nothing_is_overwritten_unasked(tmp_path, export):
     folder = export(tmp_path / "scenes", "test", 1)
     with pytest.raises(FileExistsError, match="not empty; choose another folder or pass overwrite=True"):
@@ -51,5 +51,5 @@ def test_nothing_is_overwritten_unasked(tmp_path, export):
 def test_overwriting_removes_nothing_but_an_export(tmp_path):
     (tmp_path / "precious.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="is not removed"):
-        export_llava(tmp_path, "test", 1, overwrite=True)
+        export_conversations(tmp_path, "test", 1, overwrite=True)
     assert (tmp_path / "precious.txt").read_text() == "mine"
