@@ -9,10 +9,11 @@ Shapes: B images, h heads, N positions of the tower (CLS and registers included)
 
 from __future__ import annotations
 
+import copy
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -129,13 +130,23 @@ def _tapped_attention(
                         for q, k in zip(_segments(query, bounds), _segments(key, bounds), strict=True)
                     ]
                 recording.heard.setdefault(request, []).extend(heard)
-    return _attention_function(implementation, module)(module, query, key, value, attention_mask, **kwargs)
-
-
-def _attention_function(implementation: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
     # Each modeling file has an eager function of its own, which the interface takes as its default.
     eager = sys.modules[type(module).__module__].eager_attention_forward
-    return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
+    seen = _Untapped(module, implementation) if "flash" in implementation else module
+    return attend(seen, query, key, value, attention_mask, **kwargs)
+
+
+class _Untapped:
+    """An attention layer as if no tap were open: flash attention reads in the layer's config which kernel to load."""
+
+    def __init__(self, module: nn.Module, implementation: str):
+        self.module = module
+        self.config = copy.copy(module.config)
+        self.config._attn_implementation = implementation
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
 
 
 def _segments(states: Tensor, bounds: Tensor | None) -> Sequence[Tensor]:
