@@ -21,7 +21,6 @@ class LlavaNextAdapter(LlavaAdapter):
     model_type = "llava_next"
     config_name = "LlavaNextConfig"
     model_name = "LlavaNextForConditionalGeneration"
-    image_inputs = ("pixel_values", "image_sizes", "vision_feature_layer", "vision_feature_select_strategy")
 
     def facts(self, config: PreTrainedConfig) -> TowerFacts:
         return replace(super().facts(config), image_tokens=None)  # the number of tiles depends on the image

@@ -98,6 +98,12 @@ class VisualTokens:
             patch_count=self.patch_count.gather(1, index),
         )
 
+    def keep_best(self, scores: Tensor, keep: int) -> VisualTokens:
+        """The ``keep`` tokens whose patches score highest in ``scores`` (B, P), in raster order."""
+        present = self.present
+        chosen = scores.masked_fill(~present, -torch.inf).topk(keep, dim=1).indices
+        return self.keep_patches(torch.zeros_like(present).scatter_(1, chosen, True))
+
     def keep_patches(self, keep: Tensor) -> VisualTokens:
         """The tokens whose patch is marked in ``keep`` (B, P), in raster order; every image keeps equally many.
 

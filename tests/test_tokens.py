@@ -44,3 +44,8 @@ def test_image_is_a_batch_of_one_with_its_own_evidence():
     one = batch.image(1)
     assert one.patch_index.tolist() == [[1, 5, -1]]
     assert one.evidence["map"].tolist() == [[6, 7, 8, 9, 10, 11]]
+
+
+def test_keep_best_chooses_among_the_patches_with_a_token():
+    scores = torch.tensor([[1.0, 9.0, 3.0, 9.0, 2.0, 9.0], [5.0, 1.0, 9.0, 9.0, 9.0, 2.0]])
+    assert tokens().keep_best(scores, 2).patch_index.tolist() == [[2, 4], [1, 5]]

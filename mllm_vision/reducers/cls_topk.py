@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from mllm_vision.operations import KeepConfig, TokenOperation, TowerFacts
 from mllm_vision.tokens import AttentionFromCLS, VisualTokens
 
@@ -45,7 +43,4 @@ class CLSTopK(TokenOperation):
         self.requests = (self.attention,)
 
     def forward(self, tokens: VisualTokens) -> VisualTokens:
-        present = tokens.present
-        scores = tokens.evidence[self.attention].masked_fill(~present, -torch.inf)  # (B, P)
-        chosen = scores.topk(self.config.count(tokens.features.shape[1]), dim=1).indices
-        return tokens.keep_patches(torch.zeros_like(present).scatter_(1, chosen, True))
+        return tokens.keep_best(tokens.evidence[self.attention], self.config.count(tokens.features.shape[1]))

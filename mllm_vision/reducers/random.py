@@ -37,7 +37,6 @@ class Random(TokenOperation):
 
     def forward(self, tokens: VisualTokens) -> VisualTokens:
         generator = torch.Generator().manual_seed(self.config.seed)
-        present = tokens.present
-        draw = torch.rand(tokens.patches, generator=generator).to(present.device).masked_fill(~present, -1)  # (B, P)
-        chosen = draw.topk(self.config.count(tokens.features.shape[1]), dim=1).indices
-        return tokens.keep_patches(torch.zeros_like(present).scatter_(1, chosen, True))
+        draw = torch.rand(tokens.patches, generator=generator).to(tokens.features.device)
+        scores = draw.expand(len(tokens.features), -1)  # (B, P)
+        return tokens.keep_best(scores, self.config.count(tokens.features.shape[1]))
