@@ -76,12 +76,12 @@ class KeepConfig(MethodConfig, ABC, kind="reducer"):
     keep: int | float
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         whole, share = isinstance(self.keep, int) and self.keep >= 1, isinstance(self.keep, float) and 0 < self.keep < 1
         if not whole and not share:
             raise ValueError(
                 f"keep must be a number of tokens (an int of 1 or more) or a share in (0, 1), got {self.keep!r}"
             )
+        super().__post_init__()
 
     def check(self, tower: TowerFacts) -> None:
         """Raise ValueError where the tower cannot give what this config asks for."""
