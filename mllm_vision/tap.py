@@ -142,7 +142,7 @@ class _Untapped:
 
     def __init__(self, module: nn.Module, implementation: str):
         self.module = module
-        self.config = copy.copy(module.config)
+        self.config: Any = copy.copy(module.config)
         self.config._attn_implementation = implementation
 
     def __getattr__(self, name: str) -> Any:
