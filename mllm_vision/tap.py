@@ -142,8 +142,9 @@ class _Untapped:
 
     def __init__(self, module: nn.Module, implementation: str):
         self.module = module
-        self.config: Any = copy.copy(module.config)
-        self.config._attn_implementation = implementation
+        config: Any = copy.copy(module.config)
+        config._attn_implementation = implementation
+        self.config = config
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.module, name)
