@@ -35,6 +35,7 @@ from mllm_vision.encoding import encode_images
 from mllm_vision.eval.environment import environment
 from mllm_vision.eval.measurement import in_fresh_process, paired, peak_memory, torch_threads
 from mllm_vision.reducers import HiPruneConfig
+from mllm_vision.slotted import SlottedModel
 
 SHAPES = yaml.safe_load((Path(__file__).parent / "shapes.yaml").read_text(encoding="utf-8"))
 SHAPE = SHAPES["llava-1.5-7b"]
@@ -165,7 +166,7 @@ def prompt(placeholders: int) -> Tensor:
 
 def encode(model: PreTrainedModel, pixels: Tensor) -> Any:
     """Image tokens, of a stock model by its own method, of a model with methods through them."""
-    if hasattr(model, "vision_slots"):
+    if isinstance(model, SlottedModel):
         return encode_images(model, model.vision_slots, {"pixel_values": pixels})
     return model.get_image_features(pixel_values=pixels)
 
