@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import MISSING, fields
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -48,6 +47,16 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
+Reduce = Annotated[
+    str | None,
+    typer.Option(help="Reducer to plug in, as hiprune or hiprune:keep=1/3:alpha=0.2; several joined by +."),
+]
+Keep = Annotated[str | None, typer.Option(help="Tokens the reducer keeps of an image, or their share, as 192 or 1/3.")]
+Setting = Annotated[list[str] | None, typer.Option("--set", help="Another field of the reducer, as alpha=0.2.")]
+Device = Annotated[str, typer.Option(help='"cpu", "cuda:1", ...; "auto" takes an accelerator if there is one.')]
+Precision = Annotated[Dtype, typer.Option(help='Of the weights; "auto" is that of the checkpoint.')]
+
+
 class SceneFormat(str, Enum):
     datasets = "datasets"
     conversations = "conversations"
@@ -65,15 +74,13 @@ def ask(
     model: Annotated[str, typer.Argument(help='A hub id, a folder, or "tiny-llava-scenes", which comes along.')],
     image: Annotated[list[Path], typer.Option(help="Image file; repeat for several images.")],
     question: Annotated[str, typer.Option(help="May say with <image> marks where the images stand.")],
-    reduce: Annotated[str | None, typer.Option(help="Reducer to plug in; see `mllm-vision methods`.")] = None,
-    keep: Annotated[str | None, typer.Option(help="Tokens to keep of an image, or a share in (0, 1).")] = None,
-    settings: Annotated[list[str] | None, typer.Option("--set", help="Field of the reducer, as alpha=0.2.")] = None,
+    reduce: Reduce = None,
+    keep: Keep = None,
+    settings: Setting = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
     picture: Annotated[Path | None, typer.Option(help="Image file to draw the kept tokens into.")] = None,
-    device: Annotated[
-        str, typer.Option(help='"cpu", "cuda:1", ...; "auto" takes an accelerator if there is one.')
-    ] = "auto",
-    dtype: Annotated[Dtype, typer.Option(help='Of the weights; "auto" is that of the checkpoint.')] = Dtype.auto,
+    device: Device = "auto",
+    dtype: Precision = Dtype.auto,
     overwrite: Overwrite = False,
 ) -> None:
     """Answer a question about images, from as many visual tokens as you like."""
@@ -86,9 +93,7 @@ def ask(
 
     parts = question_parts(question, len(image))
     images = [load_image(path) for path in image]
-    methods = [_method(reduce, keep, settings or [])] if reduce is not None else []
-    if not methods and (keep is not None or settings):
-        raise typer.BadParameter("--keep and --set need --reduce, the reducer they belong to")
+    methods = _methods(reduce, keep, settings)
     if picture is not None:
         _check_picture(picture, overwrite)
     _check_device(device)
@@ -193,29 +198,19 @@ def overhead(
     costs.main(repeats, out, overwrite)
 
 
-def _method(name: str, keep: str | None, settings: list[str]) -> MethodConfig:
-    """The config that ``--reduce``, ``--keep`` and ``--set`` describe."""
-    from mllm_vision.registry import MethodConfig, config_class
+def _methods(
+    reduce: str | None, keep: str | None, settings: list[str] | None, decode: str | None = None
+) -> list[MethodConfig]:
+    """The configs that ``--reduce``, ``--keep``, ``--set`` and ``--decode`` describe."""
+    from mllm_vision.registry import parse_methods
 
-    stored: dict[str, Any] = {} if keep is None else {"keep": _value(keep)}
-    for setting in settings:
-        field, equals, value = setting.partition("=")
-        if not equals:
-            raise typer.BadParameter(f"--set takes field=value, got {setting!r}")
-        stored[field] = _value(value)
-    needed = [f.name for f in fields(config_class(name)) if f.default is MISSING and f.name not in stored]
-    if needed:
-        options = ("--keep" if field == "keep" else f"--set {field}=..." for field in needed)
-        raise typer.BadParameter(f"{name} needs {', '.join(options)}")
-    return MethodConfig.from_dict({"type": name, **stored})
-
-
-def _value(text: str) -> Any:
-    """A JSON value; what is none is a string."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
+    given = [*([] if keep is None else [f"keep={keep}"]), *(settings or [])]
+    if given and reduce is None:
+        raise typer.BadParameter("--keep and --set need --reduce, the reducer they belong to")
+    if given and reduce is not None and "+" in reduce:
+        raise typer.BadParameter("with several reducers, write their settings as name:keep=...+name:keep=...")
+    reducers = [] if reduce is None else parse_methods(":".join([reduce, *given]), "reducer")
+    return reducers + ([] if decode is None else parse_methods(decode, "decoding"))
 
 
 def _check_picture(picture: Path, overwrite: bool) -> None:

@@ -6,14 +6,15 @@ the entry-point group ``mllm_vision.methods``. Nothing else lists it.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib.util
 import pkgutil
-from dataclasses import MISSING, dataclass
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from types import ModuleType
-from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar
+
+from mllm_vision.settings import Settings, parse_spec
 
 KIND_PACKAGES = ("reducers", "projectors", "towers", "decoding")
 ENTRY_POINT_GROUP = "mllm_vision.methods"
@@ -22,7 +23,7 @@ _CONFIGS: dict[str, type[MethodConfig]] = {}
 
 
 @dataclass(kw_only=True)
-class MethodConfig:
+class MethodConfig(Settings):
     """Base of every method's settings: a keyword-only dataclass, validated on creation.
 
     A subclass names itself in its class line: ``class HiPruneConfig(KeepConfig, type="hiprune", paper="arXiv ...")``.
@@ -44,23 +45,9 @@ class MethodConfig:
                 raise ValueError(f"two methods are called {type!r}: {known.__module__} and {cls.__module__}")
             _CONFIGS[type] = cls
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> MethodConfig:
-        valid = [f.name for f in dataclasses.fields(cls)]
-        if unknown := sorted(set(kwargs) - set(valid)):
-            raise ValueError(f"{cls.__name__} has no field {', '.join(unknown)}; its fields are {', '.join(valid)}")
-        return super().__new__(cls)
-
-    def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
-        for field in dataclasses.fields(self):
-            value, hint = getattr(self, field.name), hints[field.name]
-            if not _fits(value, hint):
-                raise ValueError(f"{field.name} must be {_words(hint)}, got {value!r}")
-
     def to_dict(self) -> dict[str, Any]:
         """The type and the fields that differ from their defaults, as stored in `config.json`."""
-        fields = {f.name: (getattr(self, f.name), f.default) for f in dataclasses.fields(self)}
-        return {"type": self.type} | {n: value for n, (value, default) in fields.items() if value != default}
+        return {"type": self.type} | self.changed()
 
     @staticmethod
     def from_dict(stored: dict[str, Any]) -> MethodConfig:
@@ -72,8 +59,7 @@ class MethodConfig:
         if "type" not in stored:
             raise ValueError(f"a method needs a 'type', got {stored!r}; {_known()}")
         config, given = config_class(stored["type"]), {k: v for k, v in stored.items() if k != "type"}
-        required = [f.name for f in dataclasses.fields(config) if f.default is MISSING]
-        if missing := [name for name in required if name not in given]:
+        if missing := config.missing(given):
             raise ValueError(f"{stored['type']} needs {', '.join(missing)}")
         return config(**given)
 
@@ -102,13 +88,33 @@ def config_class(name: str) -> type[MethodConfig]:
     return _CONFIGS[name]
 
 
+def parse_methods(spec: str, kind: str | None = None) -> list[MethodConfig]:
+    """The configs that a line of text names, as ``downsample:keep=1/2+hiprune:keep=64``.
+
+    Args:
+        spec: Methods joined by "+", each a name and its ``:field=value`` settings.
+        kind: What they all have to be ("reducer", "decoding", ...); None for anything.
+
+    Raises:
+        ValueError: an unknown method, field or value, or a method of another kind.
+    """
+    configs = []
+    for part in spec.split("+"):
+        name, settings = parse_spec(part)
+        config = MethodConfig.from_dict({"type": name} | settings)
+        if kind is not None and config.kind != kind:
+            known = ", ".join(row.name for row in methods() if row.kind == kind) or "none yet"
+            raise ValueError(f"{name} is a method of kind {config.kind}, not {kind}; of that kind there are {known}")
+        configs.append(config)
+    return configs
+
+
 def methods() -> list[MethodInfo]:
     """Every method that is installed, sorted by kind and name."""
     discover()
     rows = []
     for name, config in _CONFIGS.items():
-        fields = {f.name: "required" if f.default is MISSING else f.default for f in dataclasses.fields(config)}
-        rows.append(MethodInfo(name, config.kind, config.paper, config.needs_weights, fields, config))
+        rows.append(MethodInfo(name, config.kind, config.paper, config.needs_weights, config.defaults(), config))
     return sorted(rows, key=lambda row: (row.kind, row.name))
 
 
@@ -144,22 +150,3 @@ def exported(package: str, name: str) -> Any:
 def _known() -> str:
     discover()
     return f"the methods are {', '.join(sorted(_CONFIGS))}"
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether ``value`` is of a field's type: a plain type, a `Literal`, or a union of them. A bool is no number."""
-    if get_origin(hint) is Literal:
-        return value in get_args(hint)
-    if get_args(hint):
-        return any(_fits(value, part) for part in get_args(hint))
-    if isinstance(value, bool):
-        return hint is bool
-    return isinstance(value, hint) or (hint is float and isinstance(value, int))
-
-
-def _words(hint: Any) -> str:
-    if get_origin(hint) is Literal:
-        return "one of " + ", ".join(map(repr, get_args(hint)))
-    if get_args(hint):
-        return " or ".join(map(_words, get_args(hint)))
-    return "None" if hint is type(None) else f"of type {hint.__name__}"

@@ -1,6 +1,7 @@
 """Method configs and how they are found."""
 
 import dataclasses
+import re
 from importlib.metadata import EntryPoint
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 import mllm_vision as mv
 from mllm_vision import registry
 from mllm_vision.operations import KeepConfig
-from mllm_vision.reducers import HiPruneConfig
+from mllm_vision.reducers import DownsampleConfig, HiPruneConfig
 from mllm_vision.registry import MethodConfig
 
 
@@ -73,3 +74,31 @@ def test_a_name_no_method_file_exports_is_an_attribute_error():
 
     with pytest.raises(AttributeError, match=r"has no attribute 'HiPrunConfig'; it has .*HiPruneConfig"):
         reducers.HiPrunConfig  # noqa: B018
+
+
+def test_methods_are_read_from_a_line():
+    both = registry.parse_methods("downsample:keep=1/2+hiprune:keep=9:alpha=0.2", "reducer")
+    assert both == [DownsampleConfig(keep=0.5), HiPruneConfig(keep=9, alpha=0.2)]
+    assert registry.parse_methods("hiprune:keep=3:neighbours=flat") == [HiPruneConfig(keep=3, neighbours="flat")]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("", "a name must come first, as in name:field=value, got ''"),
+        ("hiprune:keep=3+", "a name must come first"),
+        ("hiprune:keep", "a setting is written field=value, got 'keep'"),
+        ("hiprune", "hiprune needs keep"),
+        ("hiprune:keep=many", "keep must be"),
+        ("hiprune:keep=1/0", "keep must be"),
+        ("nothing:keep=1", "unknown method 'nothing'; the methods are"),
+    ],
+)
+def test_a_line_that_names_no_methods_is_answered_with_what_is_wrong(spec, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        registry.parse_methods(spec)
+
+
+def test_a_method_of_another_kind_is_refused():
+    with pytest.raises(ValueError, match="hiprune is a method of kind reducer, not decoding; of that kind there are"):
+        registry.parse_methods("hiprune:keep=3", "decoding")
