@@ -1,0 +1,1 @@
+"""Scores of answers: pure functions, one file a family of benchmarks."""
