@@ -26,10 +26,10 @@ from transformers.generation.streamers import BaseStreamer
 
 import mllm_vision as mv
 from mllm_vision.encoding import encode_images
+from mllm_vision.eval.answers import answer, prompt_for
 from mllm_vision.eval.environment import environment
-from mllm_vision.eval.scenes import answer_questions
+from mllm_vision.eval.tasks.scenes import Scenes
 from mllm_vision.pictures import SheetCell, SheetRow, contact_sheet, draw_kept, tile_pictures
-from mllm_vision.prompts import question_parts, write_prompt
 from mllm_vision.reducers import CLSTopKConfig, DownsampleConfig, HiPruneConfig, PoolConfig, RandomConfig
 from mllm_vision.registry import MethodConfig
 from mllm_vision.scenes import FAMILIES, Question, Scene, render, sample_scene
@@ -52,6 +52,7 @@ PICTURED = ("existence", "count", "colour", "reading")
 """Families of which a question is drawn."""
 
 WARMUPS, DECODED = 2, 8
+BATCH = 32
 
 Asked = tuple[Scene, Question]
 
@@ -144,11 +145,22 @@ def held_out_questions(side: int) -> Iterator[Asked]:
         yield from ((scene, question) for question in questions if question is not None)
 
 
+def answer_questions(host: PreTrainedModel, processor: ProcessorMixin, asked: Sequence[Asked]) -> list[str]:
+    """Greedy answers, in lower case and without a final full stop."""
+    answers: list[str] = []
+    for start in range(0, len(asked), BATCH):
+        batch = asked[start : start + BATCH]
+        prompts = [prompt_for(processor, question.text, 1) for _, question in batch]
+        pictures = [[render(scene)] for scene, _ in batch]
+        ids = [str(start + i) for i in range(len(batch))]
+        answers += answer(host, processor, prompts, pictures, ids, max_new_tokens=Scenes.max_new_tokens)
+    return [said.lower().removesuffix(".") for said in answers]
+
+
 def inputs_for(processor: ProcessorMixin, asked: Asked) -> BatchFeature:
     """What the processor makes of one question."""
     scene, question = asked
-    prompt = write_prompt(processor, question_parts(question.text, images=1))
-    return processor(images=[render(scene)], text=prompt, return_tensors="pt")
+    return processor(images=[render(scene)], text=prompt_for(processor, question.text, 1), return_tensors="pt")
 
 
 def measure(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import struct
 from pathlib import Path
 
@@ -18,35 +19,40 @@ BACKGROUND = (255, 255, 255)
 _DAMAGED = (OSError, SyntaxError, ValueError, RuntimeError, EOFError, struct.error)
 
 
-def load_image(path: str | Path) -> Image.Image:
+def load_image(source: str | Path | bytes) -> Image.Image:
     """The picture in a file: RGB of 8 bits, upright as its EXIF says, white where transparent, the first frame.
+
+    Args:
+        source: The file's path, or what is in it.
 
     Raises:
         ValueError: no such file, no image, a damaged or cut-off one, more pixels than Pillow agrees to decode, a side
             more than `MAX_ASPECT` times the other, or brightness without a defined range.
         PermissionError: the file may not be read.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path} is {'a folder, not an image' if path.is_dir() else 'no file'}; check the path")
+    name = f"picture of {len(source)} bytes" if isinstance(source, bytes) else str(source)
+    if not isinstance(source, bytes) and not Path(source).is_file():
+        raise ValueError(
+            f"{name} is {'a folder, not an image' if Path(source).is_dir() else 'no file'}; check the path"
+        )
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             image.load()
     except PermissionError:
         raise
     except UnidentifiedImageError:
-        raise ValueError(f"{path} is not an image, or one of a format that Pillow cannot read") from None
+        raise ValueError(f"{name} is not an image, or one of a format that Pillow cannot read") from None
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{path} would unpack to too large a picture ({error}); shrink it first") from error
+        raise ValueError(f"{name} would unpack to too large a picture ({error}); shrink it first") from error
     except _DAMAGED as error:
-        raise ValueError(f"{path} is damaged or cut off ({error}); get or save it again") from error
+        raise ValueError(f"{name} is damaged or cut off ({error}); get or save it again") from error
     if max(image.size) > MAX_ASPECT * min(image.size):
         raise ValueError(
-            f"{path} is {image.width} x {image.height} pixels, but one side may be at most {MAX_ASPECT} times the "
+            f"{name} is {image.width} x {image.height} pixels, but one side may be at most {MAX_ASPECT} times the "
             "other, because a model's processor scales by the shorter one; crop or pad it"
         )
     if image.mode == "F":
-        raise ValueError(f"{path} has brightness in floats of no defined range; save it with 8 or 16 bits a channel")
+        raise ValueError(f"{name} has brightness in floats of no defined range; save it with 8 or 16 bits a channel")
     return _rgb(_upright(image))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass
 from fractions import Fraction
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -48,16 +48,22 @@ class Settings:
         return [f.name for f in dataclasses.fields(cls) if f.default is MISSING and f.name not in given]
 
 
-def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
+def parse_spec(line: str) -> tuple[str, dict[str, Any]]:
     """A name and its settings, from ``name:field=value:field=value``.
 
     Raises:
         ValueError: no name, or a setting without "=".
     """
-    name, *settings = spec.strip().split(":")
+    name, *settings = line.strip().split(":")
     if not name:
-        raise ValueError(f"a name must come first, as in name:field=value, got {spec!r}")
+        raise ValueError(f"a name must come first, as in name:field=value, got {line!r}")
     return name, dict(parse_setting(setting) for setting in settings)
+
+
+def spec(name: str, settings: Mapping[str, Any]) -> str:
+    """The line that `parse_spec` reads."""
+    written = (value if isinstance(value, str) else json.dumps(value) for value in settings.values())
+    return ":".join([name, *(f"{field}={value}" for field, value in zip(settings, written, strict=True))])
 
 
 def parse_setting(setting: str) -> tuple[str, Any]:

@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mllm_vision.eval.environment import environment
-from mllm_vision.eval.scenes import evaluate_scenes
+from mllm_vision.eval.evaluation import evaluate
+from mllm_vision.eval.tasks.scenes import Scenes
 from mllm_vision.recipes.recipe import Recipe
 
 SCORES = "scores.json"
@@ -26,15 +27,16 @@ def publish(plan: Recipe, name: str, stages: list[Path], final: Path) -> None:
     """
     processor = AutoProcessor.from_pretrained(stages[-1])
     model = AutoModelForImageTextToText.from_pretrained(stages[-1], dtype=torch.float16)
+    task = Scenes(questions=plan.scored_per_family, side=model.config.vision_config.image_size)
     facts = {
         "recipe": name,
         "seed": plan.seed,
         "note": plan.note,
         "parameters": model.num_parameters(),
         "stages": [json.loads((stage / STAGE_RECORD).read_text(encoding="utf-8")) for stage in stages],
-        "split": "test",
+        "split": task.split,
         "decoding": "greedy, at most 6 new tokens, exact match of the lower-cased answer",
-        "scores": evaluate_scenes(model.float(), processor, split="test", n_per_family=plan.scored_per_family),
+        "scores": evaluate(model.float(), processor, task, batch_size=32).tasks[task.name].values(),
         **environment(),
     }
     partial = final.with_name(f"{final.name}.partial")

@@ -26,7 +26,8 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from mllm_vision.eval.scenes import evaluate_scenes
+from mllm_vision.eval.evaluation import evaluate
+from mllm_vision.eval.tasks.scenes import Scenes
 from mllm_vision.recipes.objectives import (
     WORD_GROUPS,
     AnswerCollator,
@@ -185,7 +186,8 @@ class AnswerTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         metrics = super().evaluate(*args, **kwargs)
-        scores = evaluate_scenes(self.model, self.processing_class, split="validation", n_per_family=_ASKED)
+        task = Scenes(questions=_ASKED, split="validation", side=self.model.config.vision_config.image_size)
+        scores = evaluate(self.model, self.processing_class, task, batch_size=32).tasks[task.name].values()
         answered = {
             f"eval_{family}": score["f1" if family.startswith("existence") else "accuracy"]
             for family, score in scores.items()

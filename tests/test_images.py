@@ -147,3 +147,10 @@ def test_a_decompression_bomb_is_not_unpacked(tmp_path):
     (tmp_path / "bomb.png").write_bytes(png.getvalue())
     with pytest.raises(ValueError, match=r"bomb\.png would unpack to too large a picture.*shrink it first"):
         load_image(tmp_path / "bomb.png")
+
+
+def test_a_picture_may_come_as_the_bytes_of_its_file(tmp_path):
+    path = saved(tmp_path, Image.fromarray(RED_THEN_BLUE), "rgb.png")
+    assert pixels(load_image(path.read_bytes())) == RED_THEN_BLUE.tolist()
+    with pytest.raises(ValueError, match="picture of 3 bytes is not an image"):
+        load_image(b"abc")

@@ -1,0 +1,191 @@
+"""Rows of a benchmark's data set: from the hub, from a `datasets` directory, or from JSONL files and an image folder.
+
+A local copy has the columns of the data set on the hub. In a folder with JSONL (or JSON) files, pictures are named by
+their path in the folder or in its ``images/``; a row that does not say otherwise has as ``file`` the name of its file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from mllm_vision.images import load_image
+
+if TYPE_CHECKING:
+    import datasets
+
+IMAGE_FOLDER = "images"
+
+
+@dataclass(frozen=True)
+class HubData:
+    """A data set on the hub.
+
+    Args:
+        dataset: Its id.
+        split: Of its splits.
+        config: Of its configs.
+        revision: Commit, tag or branch; what a branch stood for is in the report.
+        images: Where the pictures are, if in another data set: that one, its column with their names, and the column of
+            this one that names a row's picture.
+    """
+
+    dataset: str
+    split: str
+    config: str | None = None
+    revision: str = "main"
+    images: tuple[HubData, str, str] | None = None
+
+
+class Row:
+    """A row without its pictures, which are loaded when they are needed."""
+
+    def __init__(self, values: dict[str, Any], load: Callable[[str, int], Image.Image]):
+        self._values, self._load = values, load
+
+    def __getitem__(self, column: str) -> Any:
+        if column not in self._values:
+            raise ValueError(f"there is no column {column!r}; there are {', '.join(self._values)}")
+        return self._values[column]
+
+    def __contains__(self, column: str) -> bool:
+        return column in self._values
+
+    def get(self, column: str, default: Any = None) -> Any:
+        """The value, or ``default`` where there is no such column."""
+        return self._values.get(column, default)
+
+    def picture(self, column: str = "image", number: int = 0) -> Callable[[], Image.Image]:
+        """A function that loads a picture, the ``number``-th where the column holds a list of them."""
+        return partial(self._load, column, number)
+
+
+def rows(hub: HubData | None, folder: Path | None) -> tuple[Sequence[Row], dict[str, Any]]:
+    """The rows of a data set and where they come from.
+
+    Args:
+        hub: Used if there is no ``folder``.
+        folder: A local copy.
+
+    Raises:
+        ValueError: the folder holds no data set.
+        ConnectionError: the hub cannot be reached and the data set is not in the cache.
+    """
+    if folder is None:
+        if hub is None:
+            raise ValueError("neither a data set on the hub nor a folder is given")
+        return _hub_rows(hub)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder; a local copy is a datasets directory or JSONL files with images/")
+    if (folder / "dataset_info.json").is_file():
+        import datasets
+
+        table = datasets.load_from_disk(folder)
+        return _table_rows(table, _from_cell(table)), _local(folder, [folder / "state.json"], len(table))
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".jsonl", ".json"))
+    if not files:
+        raise ValueError(f"{folder} holds neither dataset_info.json (a datasets directory) nor JSONL files")
+    values = [record for path in files for record in _records(path)]
+    return [Row(value, partial(_from_file, folder, value)) for value in values], _local(folder, files, len(values))
+
+
+def _local(folder: Path, files: Sequence[Path], n: int) -> dict[str, Any]:
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+    return {"source": f"folder {folder.name}", "sha256": digest, "rows": n}
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    text = path.read_text(encoding="utf-8")
+    try:
+        # POPE's own files are called .json and hold JSONL.
+        values = json.loads(text) if text.lstrip().startswith("[") else [json.loads(x) for x in text.splitlines() if x]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSONL: {error}") from error
+    return [{"file": path.stem, **value} if isinstance(value, dict) else {"file": path.stem} for value in values]
+
+
+def _from_file(folder: Path, values: dict[str, Any], column: str, number: int) -> Image.Image:
+    named = values[column]
+    name = named[number] if isinstance(named, list) else named
+    if not isinstance(name, str):
+        raise ValueError(f"{column} names no file, got {name!r}")
+    inside = folder / IMAGE_FOLDER / name
+    return load_image(inside if inside.is_file() else folder / name)
+
+
+def _hub_rows(hub: HubData) -> tuple[Sequence[Row], dict[str, Any]]:
+    table = _hub_table(hub)
+    provenance = {
+        "source": hub.dataset,
+        "config": hub.config,
+        "split": hub.split,
+        "revision": hub.revision,
+        "commit": _commit(table),
+        "rows": len(table),
+    }
+    if hub.images is None:
+        return _table_rows(table, _from_cell(table)), provenance
+    other, key, names = hub.images
+    pictures = _hub_table(other)
+    places = {name: place for place, name in enumerate(pictures[key])}
+    load = _from_cell(pictures)
+
+    def joined(place: int, column: str, number: int) -> Image.Image:
+        return load(places[table[place][names]], column, number)
+
+    return _table_rows(table, joined), provenance
+
+
+def _hub_table(hub: HubData) -> datasets.Dataset:
+    import datasets
+
+    return datasets.load_dataset(hub.dataset, hub.config, split=hub.split, revision=hub.revision)
+
+
+def _commit(table: datasets.Dataset) -> str | None:
+    """The commit that the files of a data set were read at, which their addresses name."""
+    for address in table.info.download_checksums or ():
+        if at := re.search(r"@([0-9a-f]{40})/", address):
+            return at[1]
+    return None
+
+
+def _table_rows(table: datasets.Dataset, load: Callable[[int, str, int], Image.Image]) -> list[Row]:
+    texts = table.remove_columns(_image_columns(table))
+    return [Row(values, partial(load, place)) for place, values in enumerate(texts)]
+
+
+def _from_cell(table: datasets.Dataset) -> Callable[[int, str, int], Image.Image]:
+    import datasets
+
+    encoded = table
+    for column in _image_columns(table):  # left encoded, so that a damaged picture harms no row but its own
+        is_list = not isinstance(table.features[column], datasets.Image)
+        image = datasets.Image(decode=False)
+        encoded = encoded.cast_column(column, datasets.List(image) if is_list else image)
+
+    def load(place: int, column: str, number: int) -> Image.Image:
+        cell = encoded[place][column]
+        picture = cell[number] if isinstance(cell, list) else cell
+        if picture is None:
+            raise ValueError(f"there is no picture in {column}")
+        return load_image(picture["path"] if picture["bytes"] is None else picture["bytes"])
+
+    return load
+
+
+def _image_columns(table: datasets.Dataset) -> list[str]:
+    import datasets
+
+    def holds_images(feature: Any) -> bool:
+        return isinstance(getattr(feature, "feature", feature), datasets.Image)
+
+    return [name for name, feature in table.features.items() if holds_images(feature)]

@@ -1,0 +1,146 @@
+"""Scores with intervals, and differences of two runs, by drawing the units of a benchmark anew.
+
+The percentile bootstrap: units (an image with its questions, a question with its rotations) are drawn with replacement,
+sums of their tallies are scored, and the middle 95 % of the results are the interval. Two runs over the same units are
+compared under the same draws, so that what is hard for both does not widen the interval of the difference. Where every
+answer is right, or none, the interval has no width: the sample then says nothing about how rare the exception is.
+
+Shapes: U units, R resamples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mllm_vision.eval.task import Example, Task
+
+RESAMPLES = 2000
+LEVEL = 0.95
+_CELLS = 2**24
+"""Draws held at once: R x U is cut along R."""
+
+Scores = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Score:
+    """A value and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Tallies:
+    """What every unit counts for.
+
+    Args:
+        units: Their names, U of them.
+        groups: By group and by count, (U,): 0 for a unit that is not in the group.
+    """
+
+    units: list[str]
+    groups: dict[str, dict[str, np.ndarray]]
+
+    @classmethod
+    def of(cls, task: Task, answered: Sequence[tuple[Example, str]]) -> Tallies:
+        """The tallies of examples with their answers."""
+        by_unit: dict[str, dict[str, list[tuple[Any, str]]]] = {}
+        for example, answer in answered:
+            for group in example.groups:
+                by_unit.setdefault(example.unit, {}).setdefault(group, []).append((example.target, answer))
+        columns: dict[str, dict[str, np.ndarray]] = {}
+        for place, groups in enumerate(by_unit.values()):
+            for group, pairs in groups.items():
+                for count, number in task.tally_unit(pairs).items():
+                    counts = columns.setdefault(group, {})
+                    counts.setdefault(count, np.zeros(len(by_unit)))[place] = number
+        return cls(list(by_unit), columns)
+
+    def only(self, units: Sequence[str]) -> Tallies:
+        """Of these units alone, in this order."""
+        place = {unit: i for i, unit in enumerate(self.units)}
+        rows = [place[unit] for unit in units]
+        return Tallies(
+            list(units), {group: {n: v[rows] for n, v in counts.items()} for group, counts in self.groups.items()}
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {
+            "units": self.units,
+            "groups": {g: {name: v.tolist() for name, v in counts.items()} for g, counts in self.groups.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, stored: dict[str, Any]) -> Tallies:
+        """What `to_dict` made."""
+        groups = {g: {name: np.array(v) for name, v in counts.items()} for g, counts in stored["groups"].items()}
+        return cls(stored["units"], groups)
+
+
+def scored(task: Task, tallies: Tallies, *, seed: int = 0) -> dict[str, dict[str, Score]]:
+    """Every score of every group, with its interval.
+
+    Args:
+        seed: Of the draws.
+    """
+    values = _scores(task, tallies, np.ones((1, len(tallies.units))))
+    draws = _resampled(lambda weights: _scores(task, tallies, weights), len(tallies.units), seed)
+    return _with_intervals(values, draws)
+
+
+def differences(task: Task, before: Tallies, after: Tallies, *, seed: int = 0) -> dict[str, dict[str, Score]]:
+    """Scores after less scores before, of the same units under the same draws."""
+
+    def difference(weights: np.ndarray) -> Scores:
+        old, new = _scores(task, before, weights), _scores(task, after, weights)
+        return {
+            group: {name: new[group][name] - old[group][name] for name in scores if name in new.get(group, {})}
+            for group, scores in old.items()
+            if group in new
+        }
+
+    n = len(before.units)
+    return _with_intervals(difference(np.ones((1, n))), _resampled(difference, n, seed))
+
+
+def _scores(task: Task, tallies: Tallies, weights: np.ndarray) -> Scores:
+    """Scores under weights (R, U), each (R,)."""
+    sums: dict[str, Mapping[str, Any]] = {
+        group: {name: weights @ column for name, column in counts.items()} for group, counts in tallies.groups.items()
+    }
+    return {group: task.scores(counts) for group, counts in sums.items()} | task.summary(sums)
+
+
+def _resampled(score: Callable[[np.ndarray], Scores], units: int, seed: int) -> Scores:
+    parts = [score(weights) for weights in _draws(units, seed)]
+    return {
+        group: {name: np.concatenate([part[group][name] for part in parts]) for name in scores}
+        for group, scores in parts[0].items()
+    }
+
+
+def _draws(units: int, seed: int) -> Iterator[np.ndarray]:
+    """How often each unit is drawn, (r, U), until there are R rows."""
+    generator = np.random.default_rng(seed)
+    at_once = max(1, _CELLS // units)
+    for start in range(0, RESAMPLES, at_once):
+        rows = min(at_once, RESAMPLES - start)
+        yield generator.multinomial(units, np.full(units, 1 / units), size=rows).astype(float)
+
+
+def _with_intervals(values: Scores, draws: Scores) -> dict[str, dict[str, Score]]:
+    tails = [100 * (1 - LEVEL) / 2, 100 * (1 + LEVEL) / 2]
+    return {
+        group: {
+            name: Score(float(value[0]), *map(float, np.percentile(draws[group][name], tails)))
+            for name, value in scores.items()
+        }
+        for group, scores in values.items()
+    }

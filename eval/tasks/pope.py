@@ -1,0 +1,57 @@
+"""POPE: is there a chair in the image? Half of the questions are about objects that are not.
+
+Paper: Evaluating object hallucination in large vision-language models, arXiv 2305.10355. The absent objects are drawn at
+random, or are the most frequent ones, or those that often come with what is there. The three splits are never averaged.
+Data: 500 images of COCO val2014, six questions each, three splits; the file of the random split that most people have
+holds 2,910 of its 3,000 questions. The release's own JSON files work as a local copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from mllm_vision.eval.data import HubData, Row
+from mllm_vision.eval.metrics.yes_no import PARSERS, yes_no_scores, yes_no_tally
+from mllm_vision.eval.task import SHORT_ANSWER, Example, Sums, Tally, Task
+
+__all__ = ["POPE"]
+
+
+@dataclass(kw_only=True)
+class POPE(Task, name="pope", paper="arXiv 2305.10355"):
+    """Polling-based object probing.
+
+    Args:
+        parser: How an answer is read; `PARSERS` of `mllm_vision.eval.metrics.yes_no`.
+    """
+
+    parser: str = next(iter(PARSERS))
+
+    data = HubData("lmms-lab/POPE", split="test")
+    headline = ("adversarial", "f1")
+    scoring_only = ("parser",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.parser not in PARSERS:
+            raise ValueError(f"parser must be one of {', '.join(PARSERS)}, got {self.parser!r}")
+
+    def examples(self, row: Row) -> Iterable[Example]:
+        split = row["category"] if "category" in row else row["file"].rpartition("_")[2]
+        image = row["image_source"] if "image_source" in row else row["image"]
+        yield Example(
+            id=f"{split}/{row['question_id']}",
+            question=f"{row['text'] if 'text' in row else row['question']}\n{SHORT_ANSWER}",
+            images=[row.picture()],
+            target=(row["label"] if "label" in row else row["answer"]).strip().lower(),
+            groups=(split,),
+            unit=image,
+        )
+
+    def tally(self, target: str, answer: str) -> Tally:
+        return yes_no_tally(target, PARSERS[self.parser](answer))
+
+    def scores(self, sums: Sums) -> dict[str, Any]:
+        return yes_no_scores(sums)

@@ -1,0 +1,131 @@
+"""Drawn scenes: what the library's small models are trained and measured on, made anew for every run.
+
+Five families of questions: whether a shape is there, with POPE's three kinds of negatives; how many there are;
+of which colour; whether one lies beside another; what is printed.
+
+Differs: existence counts an answer only if it is "yes" or "no", in whatever case and with or without a full stop.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from mllm_vision.eval.data import Row
+from mllm_vision.eval.metrics.ratio import ratio
+from mllm_vision.eval.metrics.yes_no import yes_no_scores, yes_no_tally
+from mllm_vision.eval.task import Example, Questions, Sums, Tally, Task
+from mllm_vision.scenes import FAMILIES, NEGATIVES, Question, Scene, render, sample_scene
+from mllm_vision.scenes.draw import REFERENCE_SIDE
+from mllm_vision.scenes.questions import existence_question
+
+__all__ = ["Scenes", "sample_questions"]
+
+OVERALL = "mean of families"
+
+
+@dataclass(kw_only=True)
+class Scenes(Task, name="scenes", paper="drawn by mllm_vision.scenes"):
+    """Questions about drawn scenes, by family.
+
+    Args:
+        questions: Of each family; of existence, with each kind of negative.
+        families: Names of families joined by "/", or "all".
+        split: Of the scenes.
+        side: Width and height of a scene in pixels.
+        seed: Of the choice of questions.
+    """
+
+    questions: int = 500
+    families: str = "all"
+    split: Literal["train", "validation", "test"] = "test"
+    side: int = REFERENCE_SIDE
+    seed: int = 0
+
+    max_new_tokens = 6
+    headline = (OVERALL, "accuracy")
+    reads_data = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.questions < 1:
+            raise ValueError(f"questions must be 1 or more, got {self.questions}")
+        if unknown := set(self.asked_for) - set(FAMILIES):
+            raise ValueError(f"families must be of {', '.join(FAMILIES)}, got {', '.join(sorted(unknown))}")
+
+    @property
+    def asked_for(self) -> list[str]:
+        """The families."""
+        return list(FAMILIES) if self.families == "all" else self.families.split("/")
+
+    def load(self, data: Path | None = None) -> Questions:
+        examples = []
+        for family in self.asked_for:
+            asked = sample_questions(self.split, family, self.questions, side=self.side, seed=self.seed)
+            examples += [example for scene, question in asked for example in self.examples(_row(scene, question))]
+        source = {"source": "scenes", "split": self.split, "side": self.side, "seed": self.seed}
+        return Questions(examples, provenance=source)
+
+    def examples(self, row: Row) -> Iterable[Example]:
+        scene, question = row["scene"], row["question"]
+        negatives = NEGATIVES if question.kind == "present" else (question.kind,)
+        is_existence = question.family == "existence"
+        yield Example(
+            id=f"{question.family}-{question.kind}-{scene.index}",
+            question=question.text,
+            images=[row.picture()],
+            target={"family": question.family, "answer": question.answer},
+            groups=tuple(f"existence_{kind}" for kind in negatives) if is_existence else (question.family,),
+            unit=f"{scene.split}-{scene.index}",
+        )
+
+    def tally(self, target: dict[str, str], answer: str) -> Tally:
+        said = answer.strip().lower().removesuffix(".")
+        if target["family"] == "existence":
+            return yes_no_tally(target["answer"], said if said in ("yes", "no") else None)
+        return {"n": 1, "right": float(said == target["answer"])}
+
+    def scores(self, sums: Sums) -> dict[str, Any]:
+        return yes_no_scores(sums) if "said_yes" in sums else {"accuracy": ratio(sums["right"], sums["n"])}
+
+    def summary(self, groups: Mapping[str, Sums]) -> dict[str, dict[str, Any]]:
+        by_family: dict[str, list[Any]] = {}
+        for group, sums in groups.items():
+            by_family.setdefault(group.partition("_")[0], []).append(ratio(sums["right"], sums["n"]))
+        families = [np.mean(accuracies, axis=0) for accuracies in by_family.values()]
+        return {OVERALL: {"accuracy": np.mean(families, axis=0)}}
+
+
+def sample_questions(
+    split: str, family: str, n: int, *, side: int = REFERENCE_SIDE, seed: int = 0
+) -> list[tuple[Scene, Question]]:
+    """`n` questions of a family, one a scene, the same for the same arguments.
+
+    For existence, `n` is the number of questions of each kind of negative with its positives, as in POPE: every second
+    scene is asked for a shape that is there (those questions are shared by the three kinds), the others for one absent
+    shape of each kind. So there are 2 n questions in all.
+    """
+    asked: list[tuple[Scene, Question]] = []
+    scenes, index = 0, 0
+    while scenes < n:
+        scene = sample_scene(split, index, side=side)
+        rng = random.Random(f"ask-{seed}-{split}-{family}-{index}")
+        if family == "existence":
+            kinds: Sequence[str] = ("present",) if scenes % 2 == 0 else NEGATIVES
+            questions = [existence_question(scene, rng, kind) for kind in kinds]
+        else:
+            question = FAMILIES[family](scene, rng)
+            questions = [question] if question else []
+        asked += [(scene, question) for question in questions]
+        scenes += bool(questions)
+        index += 1
+    return asked
+
+
+def _row(scene: Scene, question: Question) -> Row:
+    return Row({"scene": scene, "question": question}, lambda column, number: render(scene))
