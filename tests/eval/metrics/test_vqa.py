@@ -2,6 +2,7 @@
 
 import random
 import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -18,7 +19,7 @@ from mllm_vision.eval.metrics.vqa import (
 )
 from tests.eval.metrics.answers import ODD, random_answers
 
-TABLE = yaml.safe_load((vqa.Path(vqa.__file__).parent / "vqa.yaml").read_text(encoding="utf-8"))
+TABLE = yaml.safe_load(Path(vqa.__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 RED = ["red"] * 3 + ["dark red"] * 7
 
 
