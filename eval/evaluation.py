@@ -262,12 +262,13 @@ def _described(
     """The model and how it answers, as JSON holds it."""
     plugged = restored(getattr(model.config, "mllm_vision", None))
     source = model.config.name_or_path
+    stated = model.generation_config.to_diff_dict()
     return {
         "model": name or (Path(source).name if Path(source).exists() else source),
         "methods": [method.to_dict() for method in plugged],
         "dtype": str(model.dtype).removeprefix("torch."),
         "decoding": decoding.to_dict(),
-        "generation_config": model.generation_config.to_diff_dict(),
+        "generation_config": {k: v for k, v in stated.items() if k != "transformers_version" and k[0] != "_"},
         "generate": {key: _word(value) for key, value in generate.items()},
     }
 

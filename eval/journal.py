@@ -1,7 +1,7 @@
 """Answers on disk, one a line as they come, so that a run that was cut off goes on where it was.
 
-``TASK.jsonl`` begins with the settings that the answers were given under; each process of a run appends to a file of its
-own, and a finished run leaves one.
+``TASK.jsonl`` begins with the settings that the answers were given under. Each process of a run appends to a file of
+its own, and a finished run leaves one.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Journal:
             raise ValueError(f"{file} has answers of another run: {changes}; choose another folder or overwrite it")
 
 
-def check_folder(folder: Path, answers: int) -> None:
+def check_folder(folder: Path, answers: int = 0) -> None:
     """Make ``folder``, and see before any work that so many answers can be written there.
 
     Raises:

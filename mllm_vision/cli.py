@@ -133,6 +133,109 @@ def methods(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = 
     Console().print(table)
 
 
+@app.command("eval")
+def evaluate(
+    model: Annotated[str | None, typer.Argument(help='A hub id, a folder, or "tiny-llava-scenes".')] = None,
+    tasks: Annotated[str, typer.Option(help="As pope,gqa or textvqa:ocr=true; see `mllm-vision tasks`.")] = "scenes",
+    data: Annotated[
+        Path | None, typer.Option(help="Folder with a folder of each task's data, named as the task; else the hub.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many questions of each task.")] = None,
+    reduce: Reduce = None,
+    keep: Keep = None,
+    settings: Setting = None,
+    decode: Annotated[str | None, typer.Option(help="Decoding strategy to plug in, as name:field=value.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 8,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest answer; else what the task asks for.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0, help="Above 0, answers are sampled.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Share of the probability that is sampled from.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Tokens that are sampled from; 0 is all.")] = 0,
+    num_beams: Annotated[int, typer.Option(min=1, help="More than 1 is beam search.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of samples, of --limit, and of the intervals.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for answers and results; a run that was cut off goes on there.")
+    ] = None,
+    device: Device = "auto",
+    dtype: Precision = Dtype.auto,
+    compare: Annotated[
+        tuple[Path, Path] | None, typer.Option(help="No model: the paired differences of two results.json.")
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Score a model on benchmarks, with all its visual tokens or with fewer."""
+    from rich.console import Console
+
+    from mllm_vision.eval import Decoding, Evaluation
+    from mllm_vision.eval import compare as compared
+    from mllm_vision.eval import evaluate as evaluated
+
+    if (model is None) == (compare is None):
+        raise typer.BadParameter("give either a model or --compare A.json B.json")
+    console = Console()
+    if compare is not None:
+        before, after = compare
+        console.print(compared(Evaluation.load(before), Evaluation.load(after), (str(before), str(after)), seed=seed))
+        return
+    assert model is not None
+    from accelerate import PartialState
+
+    import mllm_vision as mv
+    from mllm_vision.eval.journal import check_folder
+    from mllm_vision.eval.task import parse_tasks
+
+    methods = _methods(reduce, keep, settings, decode)
+    decoding = Decoding(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        num_beams=num_beams,
+        seed=seed,
+    )
+    asked = parse_tasks(tasks)
+    _check_device(device)
+    if out is not None:
+        check_folder(out)
+    state = PartialState(cpu=device == "cpu")
+    place = {"": state.device} if state.num_processes > 1 else device
+    host, processor = mv.load(model, *methods, dtype=dtype.value, device_map=place)
+    found = evaluated(
+        host,
+        processor,
+        asked,
+        limit=limit,
+        batch_size=batch_size,
+        decoding=decoding,
+        data=data,
+        out=out,
+        overwrite=overwrite,
+        name=model,
+        progress=True,
+        seed=seed,
+    )
+    if state.is_main_process:
+        console.print(found)
+
+
+@app.command()
+def tasks() -> None:
+    """List every benchmark that is installed, with its data and its options."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from mllm_vision.eval import list_tasks
+
+    table = Table("task", "source", "data", "options")
+    for task in list_tasks():
+        hub = task.data
+        data = "made anew" if not task.reads_data else "local" if hub is None else f"{hub.dataset}, {hub.split}"
+        options = "\n".join(f"{name} = {default}" for name, default in task.defaults().items())
+        table.add_row(task.name, task.paper, data, options, end_section=True)
+    Console().print(table)
+
+
 @app.command()
 def train(
     recipe: Annotated[str, typer.Argument(help="Name of a recipe that comes along, or a YAML file.")],

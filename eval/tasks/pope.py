@@ -1,7 +1,7 @@
 """POPE: is there a chair in the image? Half of the questions are about objects that are not.
 
-Paper: Evaluating object hallucination in large vision-language models, arXiv 2305.10355. The absent objects are drawn at
-random, or are the most frequent ones, or those that often come with what is there. The three splits are never averaged.
+Paper: Evaluating object hallucination in large vision-language models, arXiv 2305.10355. The absent objects are
+drawn at random, or are the most frequent ones, or those that often come with what is there; splits are not averaged.
 Data: 500 images of COCO val2014, six questions each, three splits; the file of the random split that most people have
 holds 2,910 of its 3,000 questions. The release's own JSON files work as a local copy.
 """
