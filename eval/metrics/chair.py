@@ -40,10 +40,9 @@ def _vocabulary() -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
     classes = {term: name for name, others in table["classes"].items() for term in (name, *others)}
     pairs = {term: term for term in (*classes, *table["nothing"]) if term.count(" ") == 1}
     pairs |= {f"{first} {last}": last for first, lasts in table["qualifiers"].items() for last in lasts}
-    pairs["toilet seat"] = "toilet"
     words = {word for term in (*classes, *pairs) for word in term.split()}
     singulars = {plural: word for word in sorted(words) for plural in plurals(word)} | table["irregular"]
-    return classes, pairs, {plural: word for plural, word in singulars.items() if plural not in words}
+    return classes, pairs, singulars
 
 
 _CLASSES, _PAIRS, _SINGULARS = _vocabulary()

@@ -33,23 +33,18 @@ def normalise(answer: str) -> str:
     A mark vanishes if it stands beside a space anywhere in the text, or if a comma parts two digits anywhere; else a
     space replaces it. Full stops vanish but before a digit.
     """
-    return _normalise(answer, r"\d,\d")
+    text = _on_one_line(answer)
+    joined = re.search(r"\d,\d", text) is not None
+    marks = str.maketrans({p: "" if joined or f"{p} " in text or f" {p}" in text else " " for p in _PUNCTUATION})
+    # The challenge code hands `sub` a flag where it takes a count, re.UNICODE: no more than 32 full stops vanish.
+    text = re.sub(r"\.(?!\d)", "", text.translate(marks), count=32)
+    words = [_NUMBERS.get(word, word) for word in text.lower().split()]
+    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
 
 
 def normalise_textvqa(answer: str) -> str:
     """As `normalise`, but "," and "?" vanish first of all and "'s" becomes a word of its own."""
-    plain = answer.lower().replace(",", "").replace("?", "").replace("'s", " 's")
-    return _normalise(plain, r"\d,+\d")
-
-
-def _normalise(answer: str, comma_in_number: str) -> str:
-    text = answer.replace("\n", " ").replace("\t", " ").strip()
-    joined = re.search(comma_in_number, text) is not None
-    fate = {mark: "" if joined or f"{mark} " in text or f" {mark}" in text else " " for mark in _PUNCTUATION}
-    # The challenge code hands `sub` a flag where it takes a count, re.UNICODE: no more than 32 full stops vanish.
-    text = re.sub(r"\.(?!\d)", "", text.translate(str.maketrans(fate)), count=32)
-    words = [_NUMBERS.get(word, word) for word in text.lower().split()]
-    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
+    return normalise(answer.lower().replace(",", "").replace("?", "").replace("'s", " 's"))
 
 
 def leave_one_out(answer: str, references: Sequence[str]) -> float:
@@ -74,7 +69,10 @@ def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
 
 
 def lmms_vqa_accuracy(answer: str, references: Sequence[str]) -> float:
-    """Accuracy in 0..1 with answer and references always normalised: "Yes." matches ten times "yes"."""
+    """Accuracy in 0..1 with answer and references always normalised: "Yes." matches ten times "yes".
+
+    Differs: lmms-eval's pattern of a comma between digits also finds several in a row, as in 1,,2.
+    """
     return leave_one_out(normalise(answer), [normalise(reference) for reference in references])
 
 

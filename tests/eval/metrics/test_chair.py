@@ -170,7 +170,7 @@ def coco(tmp_path):
         "annotations": [{"image_id": 1, "category_id": 18}, {"image_id": 1, "category_id": 1}],
     }
     captions = {
-        "images": images,
+        "images": [*images, {"id": 4}],
         "annotations": [
             {"image_id": 1, "caption": "A puppy on a couch"},
             {"image_id": 2, "caption": "Two women"},
@@ -184,7 +184,7 @@ def coco(tmp_path):
 
 
 def test_ground_truth_joins_instances_and_captions(coco):
-    assert ground_truth(*coco) == {1: {"dog", "person", "couch"}, 2: {"person", "zebra"}, 3: set()}
+    assert ground_truth(*coco) == {1: {"dog", "person", "couch"}, 2: {"person", "zebra"}, 3: set(), 4: set()}
 
 
 def test_files_of_another_kind_are_refused(coco, tmp_path):

@@ -17,6 +17,7 @@ from tests.eval.metrics.answers import ODD, random_answers
         ("yes, it is", "yes"),
         ("No, not visible", "no"),
         ("...no", "no"),
+        ("    no", "no"),
         ("Oh yes", None),
         ("a no", "no"),
         ("is no", None),

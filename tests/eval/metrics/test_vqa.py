@@ -35,6 +35,7 @@ RED = ["red"] * 3 + ["dark red"] * 7
         ("somebody'd", "somebodyd"),
         ("red/blue", "red blue"),
         ("red/ blue/green", "red bluegreen"),
+        ("red (blue(green", "red bluegreen"),
         ("well-lit", "well lit"),
         ("1,000 well-lit", "1000 welllit"),
         ("1,,2", "1 2"),
