@@ -45,11 +45,21 @@ class HubData:
     images: tuple[HubData, str, str] | None = None
 
 
-class Row:
-    """A row without its pictures, which are loaded when they are needed."""
+Encoded = Callable[[], "Path | bytes"]
+"""Where a picture is or what is in its file, looked up when it is needed."""
 
-    def __init__(self, values: dict[str, Any], load: Callable[[str, int], Image.Image]):
-        self._values, self._load = values, load
+
+class Row:
+    """A row without its pictures, which are loaded when they are needed.
+
+    Args:
+        values: By column, pictures left out.
+        find: From a column and a number to the picture, a ValueError if there cannot be one; None if there are none.
+        number: Of the row in its data set.
+    """
+
+    def __init__(self, values: dict[str, Any], find: Callable[[str, int], Encoded] | None = None, number: int = 0):
+        self._values, self._find, self.number = values, find or _no_picture, number
 
     def __getitem__(self, column: str) -> Any:
         if column not in self._values:
@@ -65,7 +75,12 @@ class Row:
 
     def picture(self, column: str = "image", number: int = 0) -> Callable[[], Image.Image]:
         """A function that loads a picture, the ``number``-th where the column holds a list of them."""
-        return partial(self._load, column, number)
+        return partial(_load, self._find(column, number))
+
+    def fingerprint(self, column: str = "image") -> str:
+        """What rows with the same picture share: the name of its file, or else a digest of what is in it."""
+        encoded = self._find(column, 0)()
+        return hashlib.sha256(encoded).hexdigest()[:16] if isinstance(encoded, bytes) else encoded.name
 
 
 def rows(hub: HubData | None, folder: Path | None) -> tuple[Sequence[Row], dict[str, Any]]:
@@ -93,8 +108,15 @@ def rows(hub: HubData | None, folder: Path | None) -> tuple[Sequence[Row], dict[
     files = sorted(path for path in folder.iterdir() if path.suffix in (".jsonl", ".json"))
     if not files:
         raise ValueError(f"{folder} holds neither dataset_info.json (a datasets directory) nor JSONL files")
-    values = [record for path in files for record in _records(path)]
-    return [Row(value, partial(_from_file, folder, value)) for value in values], _local(folder, files, len(values))
+    return file_rows(folder, files, [record for path in files for record in _records(path)])
+
+
+def file_rows(
+    folder: Path, files: Sequence[Path], values: Sequence[dict[str, Any]]
+) -> tuple[Sequence[Row], dict[str, Any]]:
+    """Rows with pictures in a folder, and where they come from: the ``files`` that the values were read from."""
+    found = [Row(value, partial(_from_file, folder, value), number) for number, value in enumerate(values)]
+    return found, _local(folder, files, len(found))
 
 
 def _local(folder: Path, files: Sequence[Path], n: int) -> dict[str, Any]:
@@ -112,13 +134,24 @@ def _records(path: Path) -> list[dict[str, Any]]:
     return [{"file": path.stem, **value} if isinstance(value, dict) else {"file": path.stem} for value in values]
 
 
-def _from_file(folder: Path, values: dict[str, Any], column: str, number: int) -> Image.Image:
-    named = values[column]
-    name = named[number] if isinstance(named, list) else named
-    if not isinstance(name, str):
-        raise ValueError(f"{column} names no file, got {name!r}")
-    inside = folder / IMAGE_FOLDER / name
-    return load_image(inside if inside.is_file() else folder / name)
+def _no_picture(column: str, number: int) -> Encoded:
+    raise ValueError("the row has no pictures")
+
+
+def _load(encoded: Encoded) -> Image.Image:
+    return load_image(encoded())
+
+
+def _from_file(folder: Path, values: dict[str, Any], column: str, number: int) -> Encoded:
+    named = values.get(column)
+    names = named if isinstance(named, list) else [named]
+    if not 0 <= number < len(names) or not isinstance(names[number], str):
+        raise ValueError(f"{column} must name the file of a picture, got {named!r}")
+    inside = folder / IMAGE_FOLDER / names[number]
+    path = inside if inside.is_file() else folder / names[number]
+    if not path.is_file():
+        raise ValueError(f"there is no {names[number]} in {folder.name} or its {IMAGE_FOLDER}/")
+    return lambda: path
 
 
 def _hub_rows(hub: HubData) -> tuple[Sequence[Row], dict[str, Any]]:
@@ -136,10 +169,12 @@ def _hub_rows(hub: HubData) -> tuple[Sequence[Row], dict[str, Any]]:
     other, key, names = hub.images
     pictures = _hub_table(other)
     places = {name: place for place, name in enumerate(pictures[key])}
-    load = _from_cell(pictures)
+    find, named = _from_cell(pictures), list(table[names])
 
-    def joined(place: int, column: str, number: int) -> Image.Image:
-        return load(places[table[place][names]], column, number)
+    def joined(place: int, column: str, number: int) -> Encoded:
+        if named[place] not in places:
+            raise ValueError(f"{other.dataset} has no picture {named[place]!r}")
+        return find(places[named[place]], column, number)
 
     return _table_rows(table, joined), provenance
 
@@ -158,28 +193,35 @@ def _commit(table: datasets.Dataset) -> str | None:
     return None
 
 
-def _table_rows(table: datasets.Dataset, load: Callable[[int, str, int], Image.Image]) -> list[Row]:
+def _table_rows(table: datasets.Dataset, find: Callable[[int, str, int], Encoded]) -> list[Row]:
     texts = table.remove_columns(_image_columns(table))
-    return [Row(values, partial(load, place)) for place, values in enumerate(texts)]
+    return [Row(values, partial(find, place), place) for place, values in enumerate(texts)]
 
 
-def _from_cell(table: datasets.Dataset) -> Callable[[int, str, int], Image.Image]:
+def _from_cell(table: datasets.Dataset) -> Callable[[int, str, int], Encoded]:
     import datasets
 
+    columns = _image_columns(table)
     encoded = table
-    for column in _image_columns(table):  # left encoded, so that a damaged picture harms no row but its own
+    for column in columns:  # left encoded, so that a damaged picture harms no row but its own
         is_list = not isinstance(table.features[column], datasets.Image)
         image = datasets.Image(decode=False)
         encoded = encoded.cast_column(column, datasets.List(image) if is_list else image)
 
-    def load(place: int, column: str, number: int) -> Image.Image:
+    def look_up(place: int, column: str, number: int) -> Path | bytes:
         cell = encoded[place][column]
-        picture = cell[number] if isinstance(cell, list) else cell
-        if picture is None:
+        cells = cell if isinstance(cell, list) else [cell]
+        if not 0 <= number < len(cells) or cells[number] is None:
             raise ValueError(f"there is no picture in {column}")
-        return load_image(picture["path"] if picture["bytes"] is None else picture["bytes"])
+        picture = cells[number]
+        return Path(picture["path"]) if picture["bytes"] is None else picture["bytes"]
 
-    return load
+    def find(place: int, column: str, number: int) -> Encoded:
+        if column not in columns:
+            raise ValueError(f"there is no column of pictures {column!r}; there are {', '.join(columns) or 'none'}")
+        return partial(look_up, place, column, number)
+
+    return find
 
 
 def _image_columns(table: datasets.Dataset) -> list[str]:

@@ -127,15 +127,19 @@ class Task(Settings, ABC):
         """Scores of further groups, from the sums of all groups."""
         return {}
 
+    def rows(self, data: Path | None) -> tuple[Sequence[Row], dict[str, Any]]:
+        """The rows of the data set and where they come from; ``data`` as for `load`."""
+        if data is None and self.data is None:
+            raise ValueError(f"{self.name} has no data set on the hub; give the folder of a local copy (--data)")
+        return rows(self.data, data)
+
     def load(self, data: Path | None = None) -> Questions:
         """Every question, from a local copy in the folder ``data`` or from the hub.
 
         Raises:
             ValueError: there are no questions there, or none that can be asked; the message says what is wrong.
         """
-        if data is None and self.data is None:
-            raise ValueError(f"{self.name} has no data set on the hub; give the folder of a local copy (--data)")
-        found, provenance = rows(self.data, data)
+        found, provenance = self.rows(data)
         examples: dict[str, Example] = {}
         faults: dict[str, str] = {}
         for number, row in enumerate(found):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -78,7 +79,7 @@ class Scenes(Task, name="scenes", paper="drawn by mllm_vision.scenes"):
         yield Example(
             id=f"{question.family}-{question.kind}-{scene.index}",
             question=question.text,
-            images=[row.picture()],
+            images=[partial(render, scene)],
             target={"family": question.family, "answer": question.answer},
             groups=tuple(f"existence_{kind}" for kind in negatives) if is_existence else (question.family,),
             unit=f"{scene.split}-{scene.index}",
@@ -128,4 +129,4 @@ def sample_questions(
 
 
 def _row(scene: Scene, question: Question) -> Row:
-    return Row({"scene": scene, "question": question}, lambda column, number: render(scene))
+    return Row({"scene": scene, "question": question})
