@@ -16,31 +16,29 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Sequence
-from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-import yaml
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import mllm_vision as mv
 from mllm_vision.encoding import encode_images
+from mllm_vision.eval import shapes
 from mllm_vision.eval.environment import environment
 from mllm_vision.eval.measurement import in_fresh_process, paired, peak_memory, torch_threads
 from mllm_vision.reducers import HiPruneConfig
 from mllm_vision.slotted import SlottedModel
 
-SHAPES = yaml.safe_load((Path(__file__).parent / "shapes.yaml").read_text(encoding="utf-8"))
-SHAPE = SHAPES["llava-1.5-7b"]
-TOWER: dict[str, Any] = SHAPE["vision_config"]
-LANGUAGE: dict[str, Any] = SHAPE["text_config"] | {"num_hidden_layers": 2, "vocab_size": 1024}
+SHAPE = shapes.published_shape("llava-1.5-7b")
+TOWER: dict[str, Any] = SHAPE.config["vision_config"]
+LANGUAGE: dict[str, Any] = SHAPE.config["text_config"] | {"num_hidden_layers": 2, "vocab_size": 1024}
 """2 of its 32 layers, which are alike, and a small vocabulary: small enough for a small machine."""
 
 # What stands in for the half of the model that is not measured.
@@ -49,9 +47,8 @@ _TOY_LANGUAGE = dict(intermediate_size=16, num_hidden_layers=1, num_attention_he
 
 TARGETS = {"encoding time": 1.05, "encoding peak memory": 1.10, "prefill time": 1.15}
 
-IMAGE_ID: int = SHAPE["image_token_index"]
-TEXT_TOKENS = 40
-"""Columns of a prompt beside the placeholders, a chat template and a question."""
+IMAGE_ID = 3
+"""A placeholder that is in the small vocabulary, too."""
 
 
 def measure(
@@ -96,7 +93,7 @@ def encoding_time(
 ) -> list[dict[str, Any]]:
     """Images to image tokens, one row a batch size."""
     stock = build_model(tower, language | _TOY_LANGUAGE, seed)
-    pruned = mv.apply(sharing_weights(stock), HiPruneConfig(keep=keep))
+    pruned = mv.apply(shapes.sharing_weights(stock), HiPruneConfig(keep=keep))
     rows = []
     for batch in batches:
         pixels = random_images(tower, batch)
@@ -129,39 +126,31 @@ def prefill_time(
     pixels = random_images(tower, 1)
     everything = torch.randn(1, (tower["image_size"] // tower["patch_size"]) ** 2, language["hidden_size"])
     stock.model.multi_modal_projector = _FromMemory(everything)
-    pruned = sharing_weights(stock)
+    pruned = shapes.sharing_weights(stock)
     rows = []
     for keep in keeps:
         mv.apply(pruned, HiPruneConfig(keep=keep))
         kept = encode(pruned, pixels)[0].features
-        ours = partial(first_logits, pruned, prompt(everything.shape[1]), pixel_values=pixels)
+        ours = partial(first_logits, pruned, shapes.prompt(stock.config, everything.shape[1]), pixel_values=pixels)
         for case, features in ((f"{keep} tokens", kept), (f"{keep} over all {everything.shape[1]}", everything[0])):
-            pairs = paired(partial(first_logits, stock, prompt(len(features)), encoded=features), ours, repeats)
+            pairs = paired(
+                partial(first_logits, stock, shapes.prompt(stock.config, len(features)), encoded=features),
+                ours,
+                repeats,
+            )
             rows.append(_row("prefill time" if features is kept else "prefill time over all tokens", case, "s", pairs))
     return rows
 
 
 def build_model(tower: dict[str, Any], language: dict[str, Any], seed: int) -> PreTrainedModel:
     """A stock model with random weights."""
-    torch.manual_seed(seed)
-    config = AutoConfig.for_model(**SHAPE | {"vision_config": SHAPE["vision_config"] | tower, "text_config": language})
-    return AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa").eval()
-
-
-def sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of ``model`` in everything but its tensors, which both use."""
-    return deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    fields = {"vision_config": TOWER | tower, "text_config": language, "image_token_index": IMAGE_ID}
+    return shapes.build_model(AutoConfig.for_model(**SHAPE.config | fields), seed)
 
 
 def random_images(tower: dict[str, Any], batch: int) -> Tensor:
     """Pixels (B, 3, H, W)."""
     return torch.randn(batch, 3, tower["image_size"], tower["image_size"])
-
-
-def prompt(placeholders: int) -> Tensor:
-    """Ids (1, L) of a prompt with one image."""
-    text = torch.arange(TEXT_TOKENS) + IMAGE_ID + 1
-    return torch.cat([text[:5], torch.full((placeholders,), IMAGE_ID), text[5:]])[None]
 
 
 def encode(model: PreTrainedModel, pixels: Tensor) -> Any:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import random
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import count, islice
@@ -20,14 +19,12 @@ from typing import Any
 import torch
 from PIL import Image
 from rich.table import Table
-from torch import Tensor
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
-from transformers.generation.streamers import BaseStreamer
 
 import mllm_vision as mv
-from mllm_vision.encoding import encode_images
 from mllm_vision.eval.answers import answer, prompt_for
 from mllm_vision.eval.environment import environment
+from mllm_vision.eval.measurement import Clock, Steps, measure_steps
 from mllm_vision.eval.tasks.scenes import Scenes
 from mllm_vision.pictures import SheetCell, SheetRow, contact_sheet, draw_kept, tile_pictures
 from mllm_vision.reducers import CLSTopKConfig, DownsampleConfig, HiPruneConfig, PoolConfig, RandomConfig
@@ -167,52 +164,20 @@ def measure(
     host: PreTrainedModel, processor: ProcessorMixin, asked: Sequence[Asked], rounds: int
 ) -> dict[str, tuple[float, float, float]]:
     """Milliseconds of encode, prefill and decode by method: medians of ``rounds``, of which each asks all methods."""
-    taken: dict[str, list[tuple[float, float, float]]] = {name: [] for name in METHODS}
+    taken: dict[str, list[Steps]] = {name: [] for name in METHODS}
     for i in range(WARMUPS + rounds):
         inputs = inputs_for(processor, asked[i % len(asked)])
         for name, methods in METHODS.items():
             with mv.using(host, *methods), torch.inference_mode():
-                taken[name].append((_encode_ms(host, inputs), *_generate_ms(host, inputs)))
-    return {name: _medians(times[WARMUPS:]) for name, times in taken.items()}
+                taken[name].append(measure_steps(host, inputs, DECODED, Clock()))
+    return {name: _median_ms(steps[WARMUPS:]) for name, steps in taken.items()}
 
 
-def _medians(times: Sequence[tuple[float, float, float]]) -> tuple[float, float, float]:
-    encode, prefill, decode = (statistics.median(column) for column in zip(*times, strict=True))
+def _median_ms(steps: Sequence[Steps]) -> tuple[float, float, float]:
+    encode, prefill, decode = (
+        1e3 * statistics.median(getattr(step, name) for step in steps) for name in ("encode", "prefill", "decode")
+    )
     return encode, prefill, decode
-
-
-def _encode_ms(host: PreTrainedModel, inputs: BatchFeature) -> float:
-    start = time.perf_counter()
-    encode_images(host, host.vision_slots, {"pixel_values": inputs["pixel_values"]})
-    return 1e3 * (time.perf_counter() - start)
-
-
-def _generate_ms(host: PreTrainedModel, inputs: BatchFeature) -> tuple[float, float]:
-    """Prefill, and decode for one token."""
-    clock = _Clock()
-    hook = host.get_decoder().register_forward_pre_hook(clock.start)
-    host.generate(**inputs, max_new_tokens=DECODED, min_new_tokens=DECODED, do_sample=False, streamer=clock)
-    hook.remove()
-    first, last = clock.tokens[0], clock.tokens[-1]
-    return 1e3 * (first - clock.started[0]), 1e3 * (last - first) / (DECODED - 1)
-
-
-class _Clock(BaseStreamer):
-    """When the language model started on each token, and when each new token came."""
-
-    def __init__(self) -> None:
-        self.started: list[float] = []
-        self.tokens: list[float] = []
-
-    def start(self, *_: Any) -> None:
-        self.started.append(time.perf_counter())
-
-    def put(self, value: Tensor) -> None:
-        if self.started:  # before, it is the prompt
-            self.tokens.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
 
 
 def pictured(asked: Sequence[Asked]) -> list[int]:

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 
 import mllm_vision as mv
-from mllm_vision.eval import measurement, overhead
+from mllm_vision.eval import measurement, overhead, shapes
 from mllm_vision.eval.environment import environment, git_state
 from mllm_vision.reducers import HiPruneConfig
 
@@ -93,18 +93,18 @@ def test_report_marks_what_misses_its_target(result):
 @torch.inference_mode()
 def test_both_sides_of_a_prefill_pair_give_the_same_logits():
     stock = overhead.build_model(TOWER, LANGUAGE, seed=0)
-    pruned = mv.apply(overhead.sharing_weights(stock), HiPruneConfig(keep=12))
+    pruned = mv.apply(shapes.sharing_weights(stock), HiPruneConfig(keep=12))
     pixels = overhead.random_images(TOWER, 1)
     kept = overhead.encode(pruned, pixels)[0].features
     assert kept.shape == (12, 32)
-    expected = overhead.first_logits(stock, overhead.prompt(12), encoded=kept)
+    expected = overhead.first_logits(stock, shapes.prompt(stock.config, 12), encoded=kept)
     assert expected.shape == (1, 1, 64)
-    assert torch.equal(overhead.first_logits(pruned, overhead.prompt(36), pixel_values=pixels), expected)
+    assert torch.equal(overhead.first_logits(pruned, shapes.prompt(stock.config, 36), pixel_values=pixels), expected)
 
 
 def test_copy_shares_its_weights_and_nothing_else():
     stock = overhead.build_model(TOWER, LANGUAGE, seed=0)
-    copy = mv.apply(overhead.sharing_weights(stock), HiPruneConfig(keep=12))
+    copy = mv.apply(shapes.sharing_weights(stock), HiPruneConfig(keep=12))
     assert not hasattr(stock, "vision_slots")
     assert type(stock) is not type(copy)
     assert stock.config.vision_config._attn_implementation == "sdpa"
