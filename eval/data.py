@@ -73,6 +73,20 @@ class Row:
         """The value, or ``default`` where there is no such column."""
         return self._values.get(column, default)
 
+    def text(self, column: str) -> str:
+        """The value, which must be text."""
+        value = self[column]
+        if not isinstance(value, str):
+            raise ValueError(f"{column} must be text, got {value!r}")
+        return value
+
+    def texts(self, column: str) -> list[str]:
+        """The value, which must be texts, one at least: the answers of a test split are often left out."""
+        values = self[column]
+        if not isinstance(values, list) or not values or not all(isinstance(value, str) for value in values):
+            raise ValueError(f"{column} must be texts, one at least, got {values!r}")
+        return values
+
     def picture(self, column: str = "image", number: int = 0) -> Callable[[], Image.Image]:
         """A function that loads a picture, the ``number``-th where the column holds a list of them."""
         return partial(_load, self._find(column, number))
@@ -80,7 +94,11 @@ class Row:
     def fingerprint(self, column: str = "image") -> str:
         """What rows with the same picture share: the name of its file, or else a digest of what is in it."""
         encoded = self._find(column, 0)()
-        return hashlib.sha256(encoded).hexdigest()[:16] if isinstance(encoded, bytes) else encoded.name
+        return (
+            hashlib.sha256(encoded).hexdigest()[:16]
+            if isinstance(encoded, bytes)
+            else f"{encoded.parent.name}/{encoded.name}"
+        )
 
 
 def rows(hub: HubData | None, folder: Path | None) -> tuple[Sequence[Row], dict[str, Any]]:

@@ -2,8 +2,11 @@
 
 Paper: Evaluating object hallucination in large vision-language models, arXiv 2305.10355. The absent objects are
 drawn at random, or are the most frequent ones, or those that often come with what is there; splits are not averaged.
-Data: 500 images of COCO val2014, six questions each, three splits; the file of the random split that most people have
-holds 2,910 of its 3,000 questions. The release's own JSON files work as a local copy.
+Data: lmms-lab/POPE, test: 500 images of COCO val2014, six questions each, three splits. The release's own JSON files
+work as a local copy; the file of the random split that most people have holds 2,910 of its 3,000 questions.
+Prompt: LLaVA-1.5's (its file llava_pope_test.jsonl).
+
+Differs: public evaluators read answers differently, and the option ``parser`` chooses.
 """
 
 from __future__ import annotations
@@ -41,13 +44,16 @@ class POPE(Task, name="pope", paper="arXiv 2305.10355"):
     def examples(self, row: Row) -> Iterable[Example]:
         split = row["category"] if "category" in row else row["file"].rpartition("_")[2]
         image = row["image_source"] if "image_source" in row else row["image"]
+        truth = row.text("label" if "label" in row else "answer").strip().lower()
+        if truth not in ("yes", "no"):
+            raise ValueError(f"the answer must be yes or no, got {truth!r}")
         yield Example(
             id=f"{split}/{row['question_id']}",
-            question=f"{row['text'] if 'text' in row else row['question']}\n{SHORT_ANSWER}",
+            question=f"{row.text('text' if 'text' in row else 'question').strip()}\n{SHORT_ANSWER}",
             images=[row.picture()],
-            target=(row["label"] if "label" in row else row["answer"]).strip().lower(),
+            target=truth,
             groups=(split,),
-            unit=image,
+            unit=str(image),
         )
 
     def tally(self, target: str, answer: str) -> Tally:
