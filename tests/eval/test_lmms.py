@@ -69,16 +69,15 @@ def asked(scenes=1):
 
 
 @cache
-def answers_one_by_one(reduce=None, *, max_new_tokens=6, scenes=1):
+def answers_one_by_one(reduce=None, *, scenes=1, max_new_tokens=6, **generate):
     """Of the model itself, greedily, without lmms-eval and without batches."""
     model, processor = mv.load(MODEL, *([HiPruneConfig(keep=33, alpha=0.2)] if reduce == HIPRUNE else []))
     answers = []
     for pictures, text, _ in asked(scenes):
         prompt = write_prompt(processor, question_parts(text, len(pictures)))
         inputs = processor(images=pictures or None, text=prompt, return_tensors="pt")
-        new = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)[
-            :, inputs["input_ids"].shape[1] :
-        ]
+        out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, **generate)
+        new = out[:, inputs["input_ids"].shape[1] :]
         answers += processor.batch_decode(new, skip_special_tokens=True)
     return answers
 
@@ -116,6 +115,15 @@ def test_a_stop_string_of_the_task_ends_an_answer(lmms):
     model.task_dict = {"scenes": {"test": asked()}}
     settings = {"max_new_tokens": 6, "do_sample": False, "until": "o"}
     expected = [answer.split("o")[0] for answer in answers_one_by_one()]
+    assert expected != answers_one_by_one()
+    assert model.generate_until([request(settings, i) for i in range(len(asked()))]) == expected
+
+
+def test_generate_gets_the_other_settings_of_a_task(lmms):
+    model = lmms.MllmVision(MODEL, device="cpu", batch_size=20)
+    model.task_dict = {"scenes": {"test": asked()}}
+    settings = {"max_new_tokens": 6, "do_sample": False, "min_new_tokens": 4}
+    expected = [answer.strip() for answer in answers_one_by_one(min_new_tokens=4)]
     assert expected != answers_one_by_one()
     assert model.generate_until([request(settings, i) for i in range(len(asked()))]) == expected
 
@@ -180,7 +188,7 @@ def test_a_message_keeps_its_order_and_its_images_are_read(lmms, tmp_path):
     assert turn == {"role": "assistant", "content": [{"type": "image"}, text, {"type": "image"}]}
     assert [(image.mode, image.getpixel((0, 0))) for image in images] == [("RGB", (255, 0, 0)), ("RGB", (0, 0, 255))]
     marked = {"role": "user", "content": [first, second, {"type": "text", "text": "Is <image> in <image>?"}]}
-    assert lmms.turn_of(marked, [])["content"] == question_parts("Is <image> in <image>?", 2)
+    assert lmms.turn_of(marked, [red])["content"] == question_parts("Is <image> in <image>?", 2)
 
 
 @pytest.mark.parametrize("kind", ["video", "audio"])
@@ -193,6 +201,7 @@ def test_turns_follow_the_chat_template_and_without_one_there_is_one(lmms):
     model = lmms.MllmVision(MODEL, device="cpu")
     turns = [{"role": role, "content": [{"type": "text", "text": role}]} for role in ("user", "assistant", "user")]
     assert model.prompt(turns) == model.processor.apply_chat_template(turns, add_generation_prompt=True)
+    assert model.prompt(turns[1:2]) == model.processor.apply_chat_template(turns[1:2], add_generation_prompt=True)
     model.processor.chat_template = None
     assert model.prompt(turns[:1]) == "USER: user ASSISTANT:"
     with pytest.raises(ValueError, match="takes one turn of a user, got user, assistant, user"):
@@ -222,6 +231,13 @@ def test_a_wrong_argument_is_refused_before_the_model_is_loaded(lmms, arguments,
 def test_the_dtype_goes_by_either_name(lmms):
     for name in ("dtype", "torch_dtype"):
         assert str(lmms.MllmVision(MODEL, device="cpu", **{name: "bfloat16"}).model.dtype) == "torch.bfloat16"
+
+
+def test_a_device_goes_before_that_of_the_process(lmms, monkeypatch):
+    alone = SimpleNamespace(process_index=0, num_processes=1, device="meta", free_memory=lambda: None)
+    monkeypatch.setattr(lmms, "Accelerator", lambda: alone)
+    for name in ("device", "device_map"):
+        assert str(lmms.MllmVision(MODEL, **{name: "cpu"}).device) == "cpu"
 
 
 def test_each_of_several_processes_loads_on_its_own_device(lmms, monkeypatch):
@@ -260,15 +276,9 @@ def folder(tmp_path_factory):
 def run(folder, *command):
     """A module's command line in ``folder``, on CPU and offline. lmms-eval ends with 0 even when it fails."""
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hub"), "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(
-        [sys.executable, "-m", *command],
-        cwd=folder,
-        env=os.environ | offline,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "Error during evaluation" not in done.stdout, done.stdout + done.stderr
+    command = [sys.executable, "-m", *command]
+    done = subprocess.run(command, cwd=folder, env=os.environ | offline, capture_output=True, text=True)
+    assert done.returncode == 0 and "Error during evaluation" not in done.stdout, done.stdout + done.stderr
 
 
 def logged(folder):
