@@ -94,11 +94,9 @@ class Row:
     def fingerprint(self, column: str = "image") -> str:
         """What rows with the same picture share: the name of its file, or else a digest of what is in it."""
         encoded = self._find(column, 0)()
-        return (
-            hashlib.sha256(encoded).hexdigest()[:16]
-            if isinstance(encoded, bytes)
-            else f"{encoded.parent.name}/{encoded.name}"
-        )
+        if isinstance(encoded, bytes):
+            return hashlib.sha256(encoded).hexdigest()[:16]
+        return f"{encoded.parent.name}/{encoded.name}"
 
 
 def rows(hub: HubData | None, folder: Path | None) -> tuple[Sequence[Row], dict[str, Any]]:
@@ -163,12 +161,13 @@ def _load(encoded: Encoded) -> Image.Image:
 def _from_file(folder: Path, values: dict[str, Any], column: str, number: int) -> Encoded:
     named = values.get(column)
     names = named if isinstance(named, list) else [named]
-    if not 0 <= number < len(names) or not isinstance(names[number], str):
+    name = names[number] if 0 <= number < len(names) else None
+    if not isinstance(name, str):
         raise ValueError(f"{column} must name the file of a picture, got {named!r}")
-    inside = folder / IMAGE_FOLDER / names[number]
-    path = inside if inside.is_file() else folder / names[number]
+    inside = folder / IMAGE_FOLDER / name
+    path = inside if inside.is_file() else folder / name
     if not path.is_file():
-        raise ValueError(f"there is no {names[number]} in {folder.name} or its {IMAGE_FOLDER}/")
+        raise ValueError(f"there is no {name} in {folder.name} or its {IMAGE_FOLDER}/")
     return lambda: path
 
 
