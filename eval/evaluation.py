@@ -241,7 +241,8 @@ def _limited(questions: Questions, limit: int | None, seed: int) -> Questions:
     size: dict[str, int] = {}
     for example in questions.examples:
         size[example.unit] = size.get(example.unit, 0) + 1
-    drawn, n = set(), 0
+    drawn: set[str] = set()
+    n = 0
     for unit in random.Random(f"limit-{seed}").sample(list(size), len(size)):
         if drawn and n + size[unit] > limit:
             continue
