@@ -3,7 +3,7 @@
 Paper: GQA: a new dataset for real-world visual reasoning and compositional question answering, arXiv 1902.09506.
 Data: lmms-lab/GQA, testdev balanced: 12,578 questions about 398 images, which the hub has in a config of their own. In
 a local copy, a row has its ``image``, too.
-Prompt: LLaVA-1.5's (its file llava_gqa_testdev_balanced.jsonl).
+Prompt: LLaVA-1.5's, of the question file of its evaluation.
 
 Differs: see `exact_match`; LLaVA-1.5's script removes a full stop at the end and ignores case, and nothing else.
 """

@@ -2,7 +2,7 @@
 
 Paper: MME: a comprehensive evaluation benchmark for multimodal large language models, arXiv 2306.13394.
 Data: lmms-lab/MME, test: 2,374 questions about 1,187 images.
-Prompt: LLaVA-1.5's (its file llava_mme.jsonl): "Please answer yes or no." makes way for its own request.
+Prompt: LLaVA-1.5's, of the question file of its evaluation: "Please answer yes or no." makes way for its own request.
 
 Differs: an image one of whose questions could not be asked has no part in accuracy_plus. See
 `mllm_vision.eval.metrics.mme` on how answers are read.

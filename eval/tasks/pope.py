@@ -4,7 +4,7 @@ Paper: Evaluating object hallucination in large vision-language models, arXiv 23
 drawn at random, or are the most frequent ones, or those that often come with what is there; splits are not averaged.
 Data: lmms-lab/POPE, test: 500 images of COCO val2014, six questions each, three splits. The release's own JSON files
 work as a local copy; the file of the random split that most people have holds 2,910 of its 3,000 questions.
-Prompt: LLaVA-1.5's (its file llava_pope_test.jsonl).
+Prompt: LLaVA-1.5's, of the question file of its evaluation.
 
 Differs: public evaluators read answers differently, and the option ``parser`` chooses.
 """

@@ -2,8 +2,8 @@
 
 Paper: Learn to explain: multimodal reasoning via thought chains for science question answering, arXiv 2209.09513.
 Data: lmms-lab/ScienceQA, config ScienceQA-IMG, test: 2,017 questions.
-Prompt: LLaVA-1.5's (its file llava_test_CQM-A.json, with --single-pred-prompt): context if there is one, question,
-options, the request for a letter.
+Prompt: LLaVA-1.5's, of the question file of its evaluation (CQM-A) with --single-pred-prompt: context if there is
+one, question, options, the request for a letter.
 
 Differs: LLaVA-1.5's script also finds "The answer is B.", lmms-eval reads no option texts; see `read_letter`.
 """

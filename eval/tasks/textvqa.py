@@ -2,8 +2,8 @@
 
 Paper: Towards VQA models that can read, arXiv 1904.08920.
 Data: lmms-lab/textvqa, validation: 5,000 questions.
-Prompt: LLaVA-1.5's (its file llava_textvqa_val_v051_ocr.jsonl), which tells the model what an OCR system (Rosetta) read
-in the image: 58.2 and 61.3 of LLaVA-1.5 7B and 13B are with that help. lmms-eval leaves it out by default.
+Prompt: LLaVA-1.5's, of the question file of its evaluation, which tells the model what an OCR system (Rosetta) read in
+the image: the 58.2 and 61.3 of LLaVA-1.5 7B and 13B are with that help. lmms-eval leaves it out by default.
 
 Differs: none in scoring; LLaVA-1.5's script and lmms-eval both normalise as MMF does.
 """

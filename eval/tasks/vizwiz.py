@@ -3,7 +3,7 @@
 Paper: VizWiz grand challenge: answering visual questions from blind people, arXiv 1802.08218.
 Data: lmms-lab/VizWiz-VQA, val: 4,319 questions, one an image. LLaVA-1.5's number is of test-dev, whose answers are
 with the challenge's server alone.
-Prompt: LLaVA-1.5's (its file llava_test.jsonl).
+Prompt: LLaVA-1.5's, of the question file of its evaluation.
 
 Differs: public evaluators normalise differently, and the option ``reading`` chooses.
 """

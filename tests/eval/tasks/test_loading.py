@@ -75,6 +75,23 @@ BROKEN = {
 }
 
 
+# Data set, config and split on the hub; longest answer.
+SOURCES = {
+    "ai2d": ("lmms-lab/ai2d", None, "test", 16),
+    "chartqa": ("lmms-lab/ChartQA", None, "test", 16),
+    "docvqa": ("lmms-lab/DocVQA", "DocVQA", "validation", 32),
+    "gqa": ("lmms-lab/GQA", "testdev_balanced_instructions", "testdev", 16),
+    "mmbench": ("lmms-lab/MMBench", "en", "dev", 16),
+    "mme": ("lmms-lab/MME", None, "test", 16),
+    "pope": ("lmms-lab/POPE", None, "test", 16),
+    "scienceqa": ("lmms-lab/ScienceQA", "ScienceQA-IMG", "test", 16),
+    "seed": ("lmms-lab/SEED-Bench", None, "test", 16),
+    "textvqa": ("lmms-lab/textvqa", None, "validation", 16),
+    "vizwiz": ("lmms-lab/VizWiz-VQA", None, "val", 16),
+    "vqav2": ("lmms-lab/VQAv2", None, "validation", 16),
+}
+
+
 def made(task):
     """A task with options that suit the hand-written rows."""
     return parse_tasks("chair:images=4" if task == "chair" else task)[0]
@@ -94,6 +111,16 @@ def units(examples):
 
 def pixels(examples):
     return [np.asarray(load()).tolist() for example in examples for load in example.images]
+
+
+@pytest.mark.parametrize("task", TABLES)
+def test_where_questions_come_from_and_how_long_answers_may_be(task):
+    data = task_class(task).data
+    assert (data.dataset, data.config, data.split, task_class(task).max_new_tokens) == SOURCES[task]
+
+
+def test_chair_has_no_data_set_on_the_hub_and_long_answers():
+    assert (task_class("chair").data, task_class("chair").max_new_tokens) == (None, 512)
 
 
 @pytest.mark.parametrize("task", BENCHMARKS)

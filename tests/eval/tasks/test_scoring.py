@@ -154,6 +154,12 @@ def test_vqav2_readings_differ_where_all_people_agree_on_a_mark():
     assert (worth(challenge, target, "T-shirt"), worth(lmms, target, "T-shirt")) == (0, 1)
 
 
+def test_vizwiz_readings_differ_in_the_apostrophe_of_an_answer():
+    challenge, lmms = parse_tasks(["vizwiz"])[0], parse_tasks(["vizwiz:reading=lmms"])[0]
+    target = ["mother's day"] * 10  # which is handed in as "mother 's day"
+    assert (worth(challenge, target, "Mother's day"), worth(lmms, target, "Mother's day")) == (0, 1)
+
+
 @pytest.mark.parametrize(("spec", "kite"), [("vizwiz", 0), ("vizwiz:reading=lmms", 1)])
 def test_vizwiz_readings_differ_in_the_case_of_references(spec, kite, tmp_path):
     answers = {
