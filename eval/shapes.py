@@ -103,8 +103,8 @@ class Shape:
         needed = weight_bytes(self.build_config(), dtype)
         if available is None or needed <= available:
             return
-        one, two = (weight_bytes(self.cut(n).build_config(), dtype) for n in (1, min(2, self.depth)))
-        fitting = int((0.8 * available - one) // max(1, two - one)) + 1  # the rest is for what runs
+        one, two = (weight_bytes(self.cut(n).build_config(), dtype) for n in (1, 2))
+        fitting = int((0.8 * available - one) // (two - one)) + 1  # the rest is for what runs
         advice = f"--layers {fitting} fits" if fitting >= 1 else "not even --layers 1 fits; use a smaller dtype"
         raise ValueError(
             f"the weights of {self.name} with {self.layers or self.depth} language layers need {needed / 1e9:.1f} GB "
