@@ -77,7 +77,7 @@ def evaluate(
     if batch_size < 1 or (limit is not None and limit < 1):
         raise ValueError(f"batch_size and limit must be 1 or more, got {batch_size} and {limit}")
     state = PartialState()
-    folders = {task.name: _folder(task, data) for task in asked}
+    folders = {task.name: data_folder(task, data) for task in asked}
     with state.main_process_first():
         loaded = {task.name: _limited(task.load(folders[task.name]), limit, seed) for task in asked}
     folder = None if out is None else Path(out)
@@ -251,7 +251,8 @@ def _limited(questions: Questions, limit: int | None, seed: int) -> Questions:
     return dataclasses.replace(questions, examples=[e for e in questions.examples if e.unit in drawn])
 
 
-def _folder(task: Task, data: str | Path | Mapping[str, str | Path] | None) -> Path | None:
+def data_folder(task: Task, data: str | Path | Mapping[str, str | Path] | None) -> Path | None:
+    """Where ``data``, as `evaluate` takes it, has the data of a task; None for the hub."""
     if isinstance(data, Mapping):
         return Path(data[task.name]) if task.name in data else None
     return None if data is None or not task.reads_data else Path(data) / task.name

@@ -70,6 +70,11 @@ class CudaClock(Clock):
         return start.elapsed_time(end) / 1e3
 
 
+def clock_of(device: torch.device) -> Clock:
+    """What tells the time of work on ``device``."""
+    return CudaClock(device) if device.type == "cuda" else Clock()
+
+
 @dataclass(frozen=True)
 class Steps:
     """What the steps of an answer cost, in the units of a `Clock`.

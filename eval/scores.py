@@ -70,6 +70,21 @@ class Tallies:
             list(units), {group: {n: v[rows] for n, v in counts.items()} for group, counts in self.groups.items()}
         )
 
+    @classmethod
+    def mean(cls, runs: Sequence[Tallies]) -> Tallies:
+        """The mean of several runs over the same units."""
+        first, *others = runs
+        if any(set(run.units) != set(first.units) for run in others):
+            raise ValueError("runs over different units have no mean; give each the same questions")
+        same_order = [first, *(run.only(first.units) for run in others)]
+        return cls(
+            first.units,
+            {
+                group: {name: np.mean([run.groups[group][name] for run in same_order], axis=0) for name in counts}
+                for group, counts in first.groups.items()
+            },
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
         return {

@@ -220,6 +220,61 @@ def evaluate(
 
 
 @app.command()
+def sweep(
+    model: Annotated[str, typer.Argument(help='A hub id, a folder, or "tiny-llava-scenes".')] = "tiny-llava-scenes",
+    task: Annotated[str, typer.Option(help="As pope or scenes:questions=100; see `mllm-vision tasks`.")] = "scenes",
+    methods: Annotated[
+        str, typer.Option(help="Reducers, as hiprune,random or hiprune:alpha=0.2; else all that the model can use.")
+    ] = "",
+    keep: Annotated[str, typer.Option(help="Budgets, as shares or tokens.")] = "1/2,1/3,1/4,1/6,1/9",
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of a method that draws at random.")] = 3,
+    data: Annotated[Path | None, typer.Option(help="As for eval.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many questions.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 32,
+    repeats: Annotated[int, typer.Option(min=1, help="Questions that a time is the median of.")] = 15,
+    out: Annotated[
+        Path, typer.Option(help="Folder for results and picture; a sweep that was cut off goes on there.")
+    ] = Path("mllm-vision-sweep"),
+    device: Device = "auto",
+    dtype: Precision = Dtype.auto,
+    overwrite: Overwrite = False,
+) -> None:
+    """Ask a benchmark with every reducer at every budget: what is lost, and what is saved."""
+    from rich.console import Console
+
+    import mllm_vision as mv
+    from mllm_vision.eval import sweep as sweeping
+    from mllm_vision.eval.journal import check_folder
+    from mllm_vision.eval.task import parse_tasks
+    from mllm_vision.settings import parse_value
+
+    (asked,) = parse_tasks([task])
+    _check_device(device)
+    check_folder(out)
+    host, processor = mv.load(model, dtype=dtype.value, device_map=device)
+    points = sweeping.plan(host, [m for m in methods.split(",") if m], [parse_value(k) for k in keep.split(",")], seeds)
+    console = Console()
+    with console.status("starting") as status:
+        record = sweeping.sweep(
+            host,
+            processor,
+            asked,
+            points,
+            out,
+            name=model,
+            repeats=repeats,
+            overwrite=overwrite,
+            say=status.update,
+            data=data,
+            limit=limit,
+            batch_size=batch_size,
+        )
+        sweeping.draw(record, out / sweeping.PICTURE)
+    console.print(sweeping.report(record))
+    typer.echo(f"Picture: {out / sweeping.PICTURE}")
+
+
+@app.command()
 def tasks() -> None:
     """List every benchmark that is installed, with its data and its options."""
     from rich.console import Console

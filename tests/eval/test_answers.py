@@ -15,7 +15,9 @@ def loaded():
 
 @pytest.fixture(scope="module")
 def examples():
-    return [e for family in ("count", "colour", "reading") for e in Scenes(questions=4, families=family).load().examples]
+    return [
+        e for family in ("count", "colour", "reading") for e in Scenes(questions=4, families=family).load().examples
+    ]
 
 
 def ask(loaded, examples, batch_size, **options):
@@ -26,7 +28,9 @@ def ask(loaded, examples, batch_size, **options):
         prompts = [prompt_for(processor, example.question, 1) for example in batch]
         pictures = [[load() for load in example.images] for example in batch]
         ids = [example.id for example in batch]
-        said |= dict(zip(ids, answer(model, processor, prompts, pictures, ids, max_new_tokens=6, **options), strict=True))
+        said |= dict(
+            zip(ids, answer(model, processor, prompts, pictures, ids, max_new_tokens=6, **options), strict=True)
+        )
     return said
 
 

@@ -1,4 +1,4 @@
-"""The evaluation loop: same scores in any batch and on any number of processes, through kills, faults and full memory."""
+"""The evaluation loop: the same scores in any batch, on any number of processes, through kills and faults."""
 
 import json
 import os
@@ -147,7 +147,9 @@ def test_what_is_answered_is_not_asked_again(loaded, unbroken, tmp_path, monkeyp
     first = evaluate(*loaded, TASK, out=tmp_path, limit=7)
     asked = []
     monkeypatch.setattr(
-        evaluation, "answer", lambda *args, _answer=evaluation.answer, **kw: asked.append(args[4]) or _answer(*args, **kw)
+        evaluation,
+        "answer",
+        lambda *args, _answer=evaluation.answer, **kw: asked.append(args[4]) or _answer(*args, **kw),
     )
     again = evaluate(*loaded, TASK, out=tmp_path)
     assert scores(again) == scores(unbroken[1])
@@ -265,7 +267,7 @@ def test_a_picture_of_another_kind_is_asked_about_too(loaded, local):
 def test_what_makes_no_sense_is_refused(loaded, tmp_path):
     with pytest.raises(ValueError, match="scenes is asked for twice"):
         evaluate(*loaded, ["scenes", Scenes()])
-    with pytest.raises(ValueError, match="unknown task 'pop'; the tasks are .*pope.*scenes"):
+    with pytest.raises(ValueError, match=r"unknown task 'pop'; the tasks are .*pope.*scenes"):
         evaluate(*loaded, "pop")
     with pytest.raises(ValueError, match="batch_size and limit must be 1 or more, got 0 and None"):
         evaluate(*loaded, TASK, batch_size=0)

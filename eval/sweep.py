@@ -1,0 +1,279 @@
+"""Every reducer at every budget on one benchmark: what is lost, and what is saved.
+
+A point is a method at a budget; where a method draws at random, it is the mean over seeds, whose tallies are averaged
+unit by unit. Points are compared with all tokens pair by pair. Times to the first token are medians over single
+questions that all points are asked in turn, so that whatever else the machine does hits all alike.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import RenderableType
+from rich.table import Table
+from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
+
+import mllm_vision as mv
+from mllm_vision.eval.answers import prompt_for
+from mllm_vision.eval.bench import prompt_lengths
+from mllm_vision.eval.environment import environment
+from mllm_vision.eval.evaluation import data_folder, evaluate
+from mllm_vision.eval.measurement import clock_of, in_turn, measure_steps
+from mllm_vision.eval.report import TaskResult
+from mllm_vision.eval.scores import LEVEL, RESAMPLES, Score, Tallies, differences, scored
+from mllm_vision.eval.task import Example, Task
+from mllm_vision.registry import MethodConfig, config_class, methods
+from mllm_vision.settings import parse_spec, spec
+
+RESULTS, PICTURE, ANSWERS = "sweep.json", "sweep.png", "answers"
+ALL_TOKENS = "all tokens"
+WARMUPS, DECODED = 2, 2
+
+
+@dataclass(frozen=True)
+class Point:
+    """A method at a budget.
+
+    Args:
+        method: As it was asked for, "hiprune" or "hiprune:alpha=0.2".
+        keep: The budget; None for all tokens.
+        configs: One for each seed, or one, or none for all tokens.
+    """
+
+    method: str
+    keep: float | int | None
+    configs: list[MethodConfig]
+
+
+def plan(model: PreTrainedModel, names: Sequence[str], keeps: Sequence[float | int], seeds: int) -> list[Point]:
+    """All tokens, then every method at every budget.
+
+    Args:
+        names: Of reducers, with settings other than ``keep``; none: all that this model can use.
+
+    Raises:
+        ValueError: an unknown method, one without a budget, or one that the model cannot use.
+    """
+    chosen = list(names) or [row.name for row in methods() if "keep" in row.fields and _usable(model, row.name)]
+    points = [Point(ALL_TOKENS, None, [])]
+    for name in chosen:
+        bare, settings = parse_spec(name)
+        fields = config_class(bare).defaults()
+        if "keep" not in fields or "keep" in settings:
+            raise ValueError(f"a sweep sets the keep of each method itself, which does not go with {name!r}")
+        numbers: list[dict[str, Any]] = [{"seed": seed} for seed in range(seeds)]
+        drawn = numbers if "seed" in fields and "seed" not in settings else [{}]
+        for keep in keeps:
+            stored = {"type": bare, "keep": keep} | settings
+            points.append(Point(name, keep, [MethodConfig.from_dict(stored | number) for number in drawn]))
+    for point in points:
+        with mv.using(model, *point.configs[:1]):
+            pass  # what the model cannot give is found out now
+    return points
+
+
+def _usable(model: PreTrainedModel, name: str) -> bool:
+    try:
+        with mv.using(model, MethodConfig.from_dict({"type": name, "keep": 0.5})):
+            return True
+    except ValueError:
+        return False
+
+
+def sweep(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    task: Task,
+    points: Sequence[Point],
+    out: str | Path,
+    *,
+    name: str | None = None,
+    repeats: int = 15,
+    overwrite: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Ask a benchmark's questions with every point, measure what each costs, and write both into ``out``.
+
+    A sweep into a folder where an earlier one was cut off goes on there.
+
+    Args:
+        points: Of `plan`, all tokens first.
+        repeats: Questions that a time is the median of.
+        say: Is told what is being done.
+        options: As for `evaluate`: limit, batch_size, data, decoding, seed.
+
+    Returns:
+        What the JSON file holds and `report` and `draw` show: ``environment``, ``run``, ``task`` and ``points``.
+    """
+    out = Path(out)
+    seed = options.get("seed", 0)
+    results: list[list[TaskResult]] = []
+    for point in points:
+        say(f"{task.name}: {label(point.method, point.keep)}")
+        found = []
+        for config in point.configs or [None]:
+            with mv.using(model, *([] if config is None else [config])):
+                folder = out / ANSWERS / _file_name(config)
+                evaluation = evaluate(model, processor, task, out=folder, overwrite=overwrite, name=name, **options)
+                found.append(evaluation.tasks[task.name])
+        results.append(found)
+    say("measuring times")
+    examples = task.load(data_folder(task, options.get("data"))).examples
+    times = _first_token_times(model, processor, examples, points, repeats)
+    everything = results[0][0].tallies
+    record = {
+        "environment": environment(),
+        "run": {key: value for key, value in evaluation.run.items() if key != "methods"},
+        "intervals": {"level": LEVEL, "resamples": RESAMPLES, "seed": seed},
+        "task": {"name": task.name, "options": vars(task), "headline": task.headline, "repeats": repeats},
+        "points": [
+            {
+                "method": point.method,
+                "keep": point.keep,
+                "tokens": times[i][0],
+                "first_token_ms": times[i][1],
+                **_scores(task, [result.tallies for result in found], everything, seed),
+            }
+            for i, (point, found) in enumerate(zip(points, results, strict=True))
+        ],
+    }
+    (out / RESULTS).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return record
+
+
+def _scores(task: Task, runs: Sequence[Tallies], everything: Tallies, seed: int) -> dict[str, Any]:
+    """Scores of a point's runs together and their differences to those of all tokens, each with its interval."""
+    mean = Tallies.mean(runs)
+    group, headline = task.headline
+    return {
+        "seeds": [scored(task, run, seed=seed)[group][headline].value for run in runs],
+        "scores": _plain(scored(task, mean, seed=seed)),
+        "differences": _plain(differences(task, everything, mean, seed=seed)),
+    }
+
+
+def _plain(scores: dict[str, dict[str, Score]]) -> dict[str, Any]:
+    return {group: {name: asdict(score) for name, score in row.items()} for group, row in scores.items()}
+
+
+def _first_token_times(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    examples: Sequence[Example],
+    points: Sequence[Point],
+    repeats: int,
+) -> list[tuple[float, dict[str, float]]]:
+    """Of each point, the median number of visual tokens, and the milliseconds to the first token."""
+    clock = clock_of(model.device)
+    inputs: dict[str, BatchFeature] = {}
+
+    def run(point: Point) -> tuple[float, int]:
+        with mv.using(model, *point.configs[:1]), torch.inference_mode():
+            kept, _ = prompt_lengths(model, inputs["now"])
+            return 1e3 * measure_steps(model, inputs["now"], DECODED, clock).first_token, kept
+
+    turns = []
+    for number in range(WARMUPS + repeats):
+        example = examples[number * len(examples) // (WARMUPS + repeats)]
+        inputs["now"] = processor(
+            images=[load() for load in example.images],
+            text=prompt_for(processor, example.question, len(example.images)),
+            return_tensors="pt",
+        ).to(model.device, model.dtype)
+        turns += in_turn([lambda point=point: run(point) for point in points], 1, warmups=0)
+    found = []
+    for column in zip(*turns[WARMUPS:], strict=True):
+        times, kept = zip(*column, strict=True)
+        spread = {"median": statistics.median(times), "min": min(times), "max": max(times)}
+        ratios = [time / turn[0][0] for time, turn in zip(times, turns[WARMUPS:], strict=True)]
+        found.append((statistics.median(kept), {**spread, "ratio": statistics.median(ratios)}))
+    return found
+
+
+def label(method: str, keep: float | int | None) -> str:
+    """A point, in words."""
+    return method if keep is None else f"{method}, {_budget(keep)}"
+
+
+def _budget(keep: float | int) -> str:
+    return str(keep) if isinstance(keep, int) else str(Fraction(keep).limit_denominator(100))
+
+
+def _file_name(config: MethodConfig | None) -> str:
+    if config is None:
+        return "all-tokens"
+    stored = config.to_dict()
+    return spec(stored.pop("type"), stored).replace(":", "-").replace("/", "-")
+
+
+def report(record: dict[str, Any]) -> RenderableType:
+    """The points as a table: tokens, time to the first token, the task's headline and what it lost."""
+    group, headline = record["task"]["headline"]
+    table = Table(
+        title=f"{record['run']['model']}, {record['task']['name']}: {group}, {headline}",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+    )
+    for heading in ("method", "keep"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("tokens", "TTFT ms", "ratio", headline, "difference"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for i, point in enumerate(record["points"]):
+        score, lost = (point[name][group][headline] for name in ("scores", "differences"))
+        last = i + 1 == len(record["points"]) or record["points"][i + 1]["method"] != point["method"]
+        table.add_row(
+            point["method"],
+            "" if point["keep"] is None else _budget(point["keep"]),
+            f"{point['tokens']:g}",
+            f"{point['first_token_ms']['median']:.1f}",
+            f"{point['first_token_ms']['ratio']:.2f}",
+            f"{score['value']:.3f}",
+            "" if i == 0 else f"{lost['value']:+.3f} ({lost['low']:+.3f}, {lost['high']:+.3f})",
+            end_section=last,
+        )
+    return table
+
+
+def draw(record: dict[str, Any], path: str | Path) -> None:
+    """Write a picture of a sweep: the task's headline against visual tokens, and against time to the first token."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    group, headline = record["task"]["headline"]
+    everything, *points = record["points"]
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 2, sharey=True)
+    places: tuple[Callable[[dict[str, Any]], float], ...] = (
+        lambda point: point["tokens"],
+        lambda point: point["first_token_ms"]["median"],
+    )
+    for axes, place in zip(panels, places, strict=True):
+        for method in dict.fromkeys(point["method"] for point in points):
+            mine = sorted((point for point in points if point["method"] == method), key=place)
+            scores = [point["scores"][group][headline] for point in mine]
+            values = [score["value"] for score in scores]
+            below = [score["value"] - score["low"] for score in scores]
+            above = [score["high"] - score["value"] for score in scores]
+            axes.errorbar([place(p) for p in mine], values, (below, above), marker="o", ms=4, capsize=2, label=method)
+        whole = everything["scores"][group][headline]["value"]
+        axes.plot(place(everything), whole, marker="*", ms=12, color="black", linestyle="none", label=ALL_TOKENS)
+        axes.axhline(whole, color="black", linewidth=0.8, linestyle=":")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    tokens, times = panels
+    tokens.set_xlabel("visual tokens")
+    tokens.set_ylabel(f"{group}, {headline}")
+    times.set_xlabel("time to the first token, ms")
+    tokens.legend(fontsize=8, frameon=False)
+    figure.suptitle(f"{record['run']['model']}, {record['task']['name']}; bars: {LEVEL:.0%} intervals", fontsize=11)
+    figure.savefig(path, dpi=150)
