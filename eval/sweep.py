@@ -218,11 +218,8 @@ def _file_name(config: MethodConfig | None) -> str:
 def report(record: dict[str, Any]) -> RenderableType:
     """The points as a table: tokens, time to the first token, the task's headline and what it lost."""
     group, headline = record["task"]["headline"]
-    table = Table(
-        title=f"{record['run']['model']}, {record['task']['name']}: {group}, {headline}",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-    )
+    title = f"{record['run']['model']}, {record['task']['name']}: {group}, {headline}; {LEVEL:.0%} intervals"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in ("method", "keep"):
         table.add_column(heading, no_wrap=True)
     for heading in ("tokens", "TTFT ms", "ratio", headline, "difference"):
