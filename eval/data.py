@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -99,7 +99,7 @@ class Row:
         return f"{encoded.parent.name}/{encoded.name}"
 
 
-def rows(hub: HubData | None, folder: Path | None) -> tuple[Sequence[Row], dict[str, Any]]:
+def rows(hub: HubData | None, folder: Path | None) -> tuple[Iterable[Row], dict[str, Any]]:
     """The rows of a data set and where they come from.
 
     Args:
@@ -129,7 +129,7 @@ def rows(hub: HubData | None, folder: Path | None) -> tuple[Sequence[Row], dict[
 
 def file_rows(
     folder: Path, files: Sequence[Path], values: Sequence[dict[str, Any]]
-) -> tuple[Sequence[Row], dict[str, Any]]:
+) -> tuple[Iterable[Row], dict[str, Any]]:
     """Rows with pictures in a folder, and where they come from: the ``files`` that the values were read from."""
     found = [Row(value, partial(_from_file, folder, value), number) for number, value in enumerate(values)]
     return found, _local(folder, files, len(found))
@@ -171,7 +171,7 @@ def _from_file(folder: Path, values: dict[str, Any], column: str, number: int) -
     return lambda: path
 
 
-def _hub_rows(hub: HubData) -> tuple[Sequence[Row], dict[str, Any]]:
+def _hub_rows(hub: HubData) -> tuple[Iterable[Row], dict[str, Any]]:
     table = _hub_table(hub)
     provenance = {
         "source": hub.dataset,
@@ -210,9 +210,9 @@ def _commit(table: datasets.Dataset) -> str | None:
     return None
 
 
-def _table_rows(table: datasets.Dataset, find: Callable[[int, str, int], Encoded]) -> list[Row]:
+def _table_rows(table: datasets.Dataset, find: Callable[[int, str, int], Encoded]) -> Iterator[Row]:
     texts = table.remove_columns(_image_columns(table))
-    return [Row(values, partial(find, place), place) for place, values in enumerate(texts)]
+    return (Row(values, partial(find, place), place) for place, values in enumerate(texts))
 
 
 def _from_cell(table: datasets.Dataset) -> Callable[[int, str, int], Encoded]:

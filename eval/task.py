@@ -84,7 +84,8 @@ class Task(Settings, ABC):
         max_new_tokens: Longest answer.
         reads_data: Whether there are data to read; not where a task makes its own.
         headline: (group, score) of the one number to quote.
-        scoring_only: Options that change what answers count for, and not how they are asked for.
+        resumable: Options that a run may change which goes on with the answers of another: those that choose questions or
+            say what answers count for.
     """
 
     name: ClassVar[str]
@@ -93,7 +94,7 @@ class Task(Settings, ABC):
     reads_data: ClassVar[bool] = True
     max_new_tokens: ClassVar[int] = 16
     headline: ClassVar[tuple[str, str]] = (ALL, "accuracy")
-    scoring_only: ClassVar[tuple[str, ...]] = ()
+    resumable: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls, *, name: str | None = None, paper: str = "", **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -127,7 +128,7 @@ class Task(Settings, ABC):
         """Scores of further groups, from the sums of all groups."""
         return {}
 
-    def rows(self, data: Path | None) -> tuple[Sequence[Row], dict[str, Any]]:
+    def rows(self, data: Path | None) -> tuple[Iterable[Row], dict[str, Any]]:
         """The rows of the data set and where they come from; ``data`` as for `load`."""
         if data is None and self.data is None:
             raise ValueError(f"{self.name} has no data set on the hub; give the folder of a local copy (--data)")

@@ -12,7 +12,7 @@ on how objects are found.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -49,7 +49,7 @@ class CHAIR(Task, name="chair", paper="arXiv 1809.02156"):
         if self.images < 1:
             raise ValueError(f"images must be 1 or more, got {self.images}")
 
-    def rows(self, data: Path | None) -> tuple[Sequence[Row], dict[str, Any]]:
+    def rows(self, data: Path | None) -> tuple[Iterable[Row], dict[str, Any]]:
         if data is None:
             return super().rows(data)
         instances, captions = data / INSTANCES, data / CAPTIONS

@@ -34,7 +34,7 @@ class POPE(Task, name="pope", paper="arXiv 2305.10355"):
 
     data = HubData("lmms-lab/POPE", split="test")
     headline = ("adversarial", "f1")
-    scoring_only = ("parser",)
+    resumable = ("parser",)
 
     def __post_init__(self) -> None:
         super().__post_init__()

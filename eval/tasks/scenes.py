@@ -51,6 +51,7 @@ class Scenes(Task, name="scenes", paper="drawn by mllm_vision.scenes"):
     max_new_tokens = 6
     headline = (OVERALL, "accuracy")
     reads_data = False
+    resumable = ("questions", "families")
 
     def __post_init__(self) -> None:
         super().__post_init__()

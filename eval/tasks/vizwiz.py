@@ -36,7 +36,7 @@ class VizWiz(Task, name="vizwiz", paper="arXiv 1802.08218"):
     reading: Literal["challenge", "lmms"] = "challenge"
 
     data = HubData("lmms-lab/VizWiz-VQA", split="val")
-    scoring_only = ("reading",)
+    resumable = ("reading",)
 
     def examples(self, row: Row) -> Iterable[Example]:
         yield Example(

@@ -34,7 +34,7 @@ class VQAv2(Task, name="vqav2", paper="arXiv 1612.00837"):
     reading: Literal["challenge", "lmms"] = "challenge"
 
     data = HubData("lmms-lab/VQAv2", split="validation")
-    scoring_only = ("reading",)
+    resumable = ("reading",)
 
     def examples(self, row: Row) -> Iterable[Example]:
         answers = [given["answer"] for given in row["answers"] or ()]

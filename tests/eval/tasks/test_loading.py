@@ -6,6 +6,8 @@ import datasets
 import numpy as np
 import pytest
 
+from mllm_vision.eval.choices import key
+from mllm_vision.eval.data import rows
 from mllm_vision.eval.task import parse_tasks, task_class
 from tests.eval.tasks.local import BENCHMARKS, COLOURS, rows_of, write_folder
 
@@ -211,6 +213,40 @@ def test_a_folder_of_something_else_is_an_error_that_says_so(task, tmp_path):
     folder = write_folder(tmp_path / "wrong", task, [{"a": 1}, {"a": 2}])
     with pytest.raises(ValueError, match=rf"{task}: no question can be read from folder wrong; ValueError: .*column"):
         made(task).load(folder)
+
+
+@pytest.mark.parametrize("options", [[], ["root"], [str(i) for i in range(27)]])
+def test_a_question_needs_2_to_26_options(options):
+    with pytest.raises(ValueError, match=f"a question needs 2 to 26 options, got {len(options)}"):
+        key(options, 0)
+
+
+@pytest.mark.parametrize("right", [2, -1, "C", "a", "", "AB", None])
+def test_the_right_option_is_one_of_the_options(right):
+    with pytest.raises(ValueError, match=f"the right option must be one of A, B or its index, got {right!r}"):
+        key(["root", "stem"], right)
+
+
+def test_a_list_of_pictures_is_read_by_number(tmp_path):
+    folder = write_folder(tmp_path / "folder", "seed", rows_of("seed")[3:])
+    files = [f"{folder}/images/street.png", f"{folder}/images/square.png"]
+    table = datasets.Dataset.from_list([{"image": files}])
+    table.cast_column("image", datasets.List(datasets.Image())).save_to_disk(tmp_path / "saved")
+    for source in (folder, tmp_path / "saved"):
+        [row] = rows(None, source)[0]
+        colours = [row.picture("image", number)().getpixel((0, 0)) for number in (0, 1)]
+        assert colours == [COLOURS["street"], COLOURS["square"]]
+        with pytest.raises(ValueError, match="image"):
+            row.picture("image", 2)()
+
+
+def test_pictures_that_are_the_same_have_one_fingerprint(tmp_path):
+    files = [str(write_folder(tmp_path / name, "ai2d") / "images" / "beach.png") for name in ("a", "b")]
+    files.append(str(tmp_path / "a" / "images" / "code.png"))
+    table = datasets.Dataset.from_list([{"image": file} for file in files])
+    table.cast_column("image", datasets.Image()).save_to_disk(tmp_path / "saved")
+    first, second, other = (row.fingerprint() for row in rows(None, tmp_path / "saved")[0])
+    assert first == second != other
 
 
 def test_an_id_twice_is_a_fault(tmp_path):

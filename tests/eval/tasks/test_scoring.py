@@ -283,6 +283,6 @@ def test_options_that_only_score_change_no_question(tmp_path):
     for spec in ("pope:parser=lmms", "vqav2:reading=lmms", "vizwiz:reading=lmms"):
         [task], [plain] = parse_tasks(spec), parse_tasks(spec.partition(":")[0])
         folder = write_folder(tmp_path / task.name, task.name)
-        assert set(task.changed()) == set(task.scoring_only)
+        assert set(task.changed()) == set(task.resumable)
         asked = [[(e.id, e.question, e.target) for e in each.load(folder).examples] for each in (task, plain)]
         assert asked[0] == asked[1]
