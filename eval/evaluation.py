@@ -284,7 +284,7 @@ def _word(value: Any) -> Any:
 
 def _settings(task: Task, described: dict[str, Any]) -> dict[str, Any]:
     """All that has a say in the answers to a task."""
-    options = {name: value for name, value in vars(task).items() if name not in task.scoring_only}
+    options = {name: value for name, value in vars(task).items() if name not in task.resumable}
     return {**described, "options": options, "max_new_tokens": task.max_new_tokens}
 
 

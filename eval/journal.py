@@ -63,8 +63,9 @@ class Journal:
                 os.truncate(file, len(whole))
 
     def finish(self, records: Iterable[dict[str, Any]]) -> None:
-        """Put one file with ``records`` in the place of those of all processes."""
-        lines = [{"task": self.task, "settings": self.settings}, *records]
+        """Put one file in the place of those of all processes: ``records``, then what else has been answered."""
+        found = {record["id"]: record for record in records}
+        lines = [{"task": self.task, "settings": self.settings}, *{**found, **self.read(), **found}.values()]
         partial = self.folder / f"{self.task}.partial"
         partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
         others = [file for file in self._files() if file != self._file(0)]

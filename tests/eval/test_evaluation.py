@@ -156,6 +156,14 @@ def test_what_is_answered_is_not_asked_again(loaded, unbroken, tmp_path, monkeyp
     assert sum(map(len, asked)) == again.tasks["scenes"].questions - first.tasks["scenes"].questions
 
 
+def test_a_smaller_run_leaves_the_answers_of_a_larger_one(loaded, unbroken, tmp_path):
+    evaluate(*loaded, TASK, out=tmp_path)
+    few = evaluate(*loaded, "scenes:questions=2:families=colour", out=tmp_path)
+    assert few.tasks["scenes"].questions == 2
+    by_id = {line["id"]: line for line in lines(tmp_path / "scenes.jsonl")[1:]}
+    assert by_id == {line["id"]: line for line in lines(unbroken[0] / "scenes.jsonl")[1:]}
+
+
 def test_other_settings_are_refused_in_the_same_folder(loaded, tmp_path):
     evaluate(*loaded, TASK, out=tmp_path, limit=3)
     model, processor = loaded

@@ -28,7 +28,7 @@ def test_every_task_says_where_it_comes_from_and_documents_its_options(row):
     documented = row.__doc__.partition("Args:")[2]
     assert all(f"{option}:" in documented for option in row.defaults())
     assert "required" not in row.defaults().values()
-    assert set(row.scoring_only) <= set(row.defaults())
+    assert set(row.resumable) <= set(row.defaults())
 
 
 def test_tasks_are_read_from_a_line():

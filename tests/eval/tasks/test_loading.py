@@ -230,7 +230,7 @@ def test_the_right_option_is_one_of_the_options(right):
 def test_a_list_of_pictures_is_read_by_number(tmp_path):
     folder = write_folder(tmp_path / "folder", "seed", rows_of("seed")[3:])
     files = [f"{folder}/images/street.png", f"{folder}/images/square.png"]
-    table = datasets.Dataset.from_list([{"image": files}])
+    table = datasets.Dataset.from_list([{"id": 1, "image": files}])
     table.cast_column("image", datasets.List(datasets.Image())).save_to_disk(tmp_path / "saved")
     for source in (folder, tmp_path / "saved"):
         [row] = rows(None, source)[0]
@@ -243,7 +243,7 @@ def test_a_list_of_pictures_is_read_by_number(tmp_path):
 def test_pictures_that_are_the_same_have_one_fingerprint(tmp_path):
     files = [str(write_folder(tmp_path / name, "ai2d") / "images" / "beach.png") for name in ("a", "b")]
     files.append(str(tmp_path / "a" / "images" / "code.png"))
-    table = datasets.Dataset.from_list([{"image": file} for file in files])
+    table = datasets.Dataset.from_list([{"id": 1, "image": file} for file in files])
     table.cast_column("image", datasets.Image()).save_to_disk(tmp_path / "saved")
     first, second, other = (row.fingerprint() for row in rows(None, tmp_path / "saved")[0])
     assert first == second != other
