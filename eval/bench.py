@@ -91,7 +91,7 @@ def bench(
         source: The model.
         candidates: Methods by name; the first is the baseline, `[]` is the stock model.
         batches: Prompts answered together, with one image each.
-        repeats: Pairs of runs a ratio is the median of; two more warm up.
+        repeats: Pairs of runs a ratio is the median of; one more warms up.
         new_tokens: Length of an answer.
         device: "cpu", "cuda", "cuda:1"; "auto" takes a GPU if there is one.
         dtype: Of the weights; None is bfloat16 on a GPU, else float32.
@@ -149,7 +149,7 @@ class _Run:
     threads: int
     new_tokens: int
     repeats: int
-    warmups: int = 2
+    warmups: int = 1
 
     def settings(self, model: PreTrainedModel) -> dict[str, Any]:
         """All that a time depends on, as JSON holds it."""
@@ -175,25 +175,25 @@ class _Run:
         self, model: PreTrainedModel, inputs: BatchFeature, batch: int, resident: Mapping[str, dict[str, float]]
     ) -> list[dict[str, Any]]:
         """One row for each candidate."""
-        pairs = self.pairs(model, inputs)
-        rows: list[dict[str, Any]] = []
-        for name, methods in self.candidates.items():
+        sizes: dict[str, dict[str, Any]] = {}
+        for name, methods in self.candidates.items():  # a run of each, which warms up, too
             with mv.using(model, *methods):
                 tokens, length = prompt_lengths(model, inputs)
             with counting_flops() as clock:
                 flops = asdict(self.answer(model, inputs, methods, clock))
-            taken = [ours for _, ours in pairs[name]]
-            seconds = {step: _spread([getattr(steps, step) for steps in taken]) for step in STEPS}
+            sizes[name] = {"visual_tokens": tokens, "prompt_tokens": length, "flops": flops}
+        pairs = self.pairs(model, inputs)
+        rows: list[dict[str, Any]] = []
+        for name, methods in self.candidates.items():
+            seconds = {step: _spread([getattr(ours, step) for _, ours in pairs[name]]) for step in STEPS}
             row = {
                 "name": name,
                 "methods": [method.to_dict() for method in methods],
                 "batch": batch,
-                "visual_tokens": tokens,
-                "prompt_tokens": length,
+                **sizes[name],
                 "seconds": seconds,
                 "tokens_per_second": batch / seconds["decode"]["median"],
                 "memory": self.allocated(model, inputs, methods) if self.device.type == "cuda" else resident.get(name),
-                "flops": flops,
                 "ratios": None,
                 "over_flops": None,
             }

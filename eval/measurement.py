@@ -33,9 +33,10 @@ def in_turn(runs: Sequence[Callable[[], T]], repeats: int, *, warmups: int = 1) 
 
 def paired(
     baseline: Callable[[], object], candidate: Callable[[], object], repeats: int, *, warmups: int = 1
-) -> list[tuple[float, ...]]:
+) -> list[tuple[float, float]]:
     """Seconds of both, called in turn ``repeats`` times after ``warmups`` turns that do not count."""
-    return in_turn([partial(_seconds, baseline), partial(_seconds, candidate)], repeats, warmups=warmups)
+    turns = in_turn([partial(_seconds, baseline), partial(_seconds, candidate)], repeats, warmups=warmups)
+    return [(a, b) for a, b in turns]
 
 
 def _seconds(run: Callable[[], object]) -> float:

@@ -78,7 +78,7 @@ def test_result_states_where_and_how_and_survives_json(result):
         "picture": [56, 56],
         "baseline": "all tokens",
         "repeats": 3,
-        "warmups": 2,
+        "warmups": 1,
         "new_tokens": 3,
         "device": "cpu",
         "dtype": "float32",
@@ -112,7 +112,7 @@ def test_baseline_and_candidate_take_turns_and_ratios_are_of_neighbours(monkeypa
     scripted = Scripted(monkeypatch)
     monkeypatch.setattr(module._Run, "resident", lambda self, batch: {})
     rows = bench(SHAPE, CANDIDATES, repeats=3, device="cpu")["rows"]
-    assert scripted.calls == ["stock", "hiprune"] * 5 + ["stock", "pool"] * 5
+    assert scripted.calls == ["stock", "hiprune"] * 4 + ["stock", "pool"] * 4
     half = {"median": 0.5, "min": 0.5, "max": 0.5, "pairs": 3}
     for row in rows[1:]:
         assert row["ratios"] == {
@@ -123,19 +123,19 @@ def test_baseline_and_candidate_take_turns_and_ratios_are_of_neighbours(monkeypa
         }
         assert row["over_flops"] == {"encode": 0.5, "prefill": 2.0, "first_token": 0.8, "decode": 0.5}
         assert row["memory"] is None
-    # Two turns warm up; the baseline is summed up over the turns with both candidates.
-    assert rows[0]["seconds"]["encode"] == {"median": 6.5, "min": 3.0, "max": 10.0}
+    # The first turn of each pair warms up; the baseline is summed up over the turns with both candidates.
+    assert rows[0]["seconds"]["encode"] == {"median": 5.0, "min": 2.0, "max": 8.0}
     assert [row["seconds"]["encode"] for row in rows[1:]] == [
-        {"median": 2.0, "min": 1.5, "max": 2.5},
-        {"median": 4.5, "min": 4.0, "max": 5.0},
+        {"median": 1.5, "min": 1.0, "max": 2.0},
+        {"median": 3.5, "min": 3.0, "max": 4.0},
     ]
 
 
 def test_a_method_can_be_the_baseline(monkeypatch):
     scripted = Scripted(monkeypatch)
     rows = bench(SHAPE, {"pool": [POOL], "all": []}, repeats=1, device="cpu")["rows"]
-    measured = scripted.calls[-6:]  # before, it is memory
-    assert measured == ["pool", "stock"] * 3
+    measured = scripted.calls[-4:]  # before, it is memory
+    assert measured == ["pool", "stock"] * 2
     assert rows[0]["ratios"] is None
     assert rows[1]["ratios"]["encode"]["median"] == 2.0
 
@@ -238,6 +238,6 @@ def test_rows_of_a_gpu_have_the_same_keys(result):
     for row, on_cpu in zip(found["rows"], result["rows"][:3], strict=True):
         assert row.keys() == on_cpu.keys()
         assert all(row[name].keys() == on_cpu[name].keys() for name in ("seconds", "memory", "flops"))
-        assert row["flops"] == on_cpu["flops"]
+        assert row["flops"] == pytest.approx(on_cpu["flops"], rel=0.01)  # a kernel may pad a head's width
         assert 0 < row["memory"]["loaded"] < row["memory"]["peak"]
         assert 0 < row["seconds"]["encode"]["min"] < row["seconds"]["first_token"]["max"]
