@@ -6,8 +6,8 @@ rows in all. Rows numbered from a million on are those repetitions: they are lef
 Prompt: LLaVA-1.5's (model_vqa_mmbench.py --single-pred-prompt): hint if there is one, question, options, the request
 for a letter.
 
-Differs: the release leaves the last option in place in some of its rotations, and some questions lack one; here every
-question has as many rotations as options. The official evaluation asks a language model what letter an answer means
+Differs: the release (July 2023) rotates only the first three of four options of 53 questions; here every question has
+as many rotations as options. The official evaluation asks a language model what letter an answer means
 that it cannot read; here such an answer is wrong.
 """
 
