@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-STEPS = {"encode": "encode", "prefill": "prefill", "first_token": "TTFT", "decode": "a token"}
+STEPS = {"encode": "encode", "prefill": "prefill", "first_token": "TTFT", "decode": "token"}
 """What the steps of an answer are called in a table."""
 
 COLOURS = {"encode": "#4477aa", "prefill": "#ee9944", "decode": "#66a182"}
@@ -25,47 +26,59 @@ def title(result: dict[str, Any]) -> str:
     layers, published = settings["layers"], settings["layers_published"]
     cut = f", {layers} of {published} language layers" if published not in (None, layers) else ""
     gpu = torch.device(settings["device"])
-    where = hardware["gpus"][gpu.index or 0] if gpu.type == "cuda" else f"{settings['threads']} threads"
+    where = hardware["gpus"][gpu.index or 0] if gpu.type == "cuda" else f"threads: {settings['threads']}"
     return f"{settings['model']}{cut}, {settings['weights']} weights, {settings['dtype']}, {where}"
 
 
 def report(result: dict[str, Any], console: Console) -> None:
-    """Show what `bench` found: a table for each batch, of a candidate its medians and then its ratios."""
+    """Show what `bench` found: of each candidate its costs and, step by step, its ratios to the baseline."""
     settings, where = result["settings"], result["environment"]
-    versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
-    width, height = settings["picture"]
     for batch in settings["batches"]:
-        table = Table(title=f"{title(result)}\nbatch {batch}", title_justify="left")
-        table.add_column("")
-        for heading in ("visual tokens", *STEPS.values(), "tokens/s", "peak memory"):
-            table.add_column(heading, justify="right")
+        console.print(f"[bold]{title(result)}, batch {batch}[/bold]", highlight=False)
         for row in result["rows"]:
             if row["batch"] == batch:
-                _add_rows(table, row)
-        console.print(table)
+                console.print(f"\n{escape(row['name'])}: {_costs(row)}", highlight=False)
+                console.print(_table(row))
+        console.print()
+    versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
+    width, height = settings["picture"]
     console.print(
-        f"Medians, with min to max below; ratios are to {settings['baseline']}, of {settings['repeats']} pairs. "
-        f"TTFT: images to the first new token; a token: each of {settings['new_tokens'] - 1} further ones. "
-        f"Pictures of {width} x {height} pixels.\n{where['hardware']['cpu']}; {versions}",
+        f"Medians of {settings['repeats']} pairs; ratio: time over that of {escape(settings['baseline'])}; FLOPs: the "
+        "same of FLOPs; over FLOPs: 1 where time fell as they say. TTFT: images to the first new token; token: each of "
+        f"{settings['new_tokens'] - 1} further ones. Pictures of {width} x {height} pixels.\n"
+        f"{where['hardware']['cpu']}; {versions}",
         style="dim",
+        highlight=False,
     )
 
 
-def _add_rows(table: Table, row: dict[str, Any]) -> None:
-    seconds, memory, ratios = row["seconds"], row["memory"], row["ratios"]
-    peak = "not measured" if memory is None else f"{memory['peak'] / 1e3:.2f} GB"
-    medians = (_milliseconds(seconds[step]["median"]) + " ms" for step in STEPS)
-    table.add_row(row["name"], str(row["visual_tokens"]), *medians, f"{row['tokens_per_second']:.1f}", peak)
-    above = "" if memory is None else f"{(memory['peak'] - memory['loaded']) / 1e3:.2f} above the model"
-    spreads = (f"{_milliseconds(seconds[step]['min'])} to {_milliseconds(seconds[step]['max'])}" for step in STEPS)
-    table.add_row("", "", *spreads, "", above, style="dim", end_section=ratios is None)
-    if ratios is not None:
-        table.add_row("  time ratio", "", *(f"{ratios[step]['median']:.3f}" for step in STEPS), "", "")
-        spreads = (f"{ratios[step]['min']:.3f} to {ratios[step]['max']:.3f}" for step in STEPS)
-        table.add_row("", "", *spreads, "", "", style="dim")
-        table.add_row("  FLOP ratio", "", *(f"{ratios[step]['flops']:.3f}" for step in STEPS), "", "")
-        over = (f"{row['over_flops'][step]:.2f}" for step in STEPS)
-        table.add_row("  time over FLOPs", "", *over, "", "", end_section=True)
+def _costs(row: dict[str, Any]) -> str:
+    """What there is one figure of."""
+    memory = row["memory"]
+    peak = "memory not measured"
+    if memory is not None:
+        above = (memory["peak"] - memory["loaded"]) / 1e3
+        peak = f"{memory['peak'] / 1e3:.2f} GB at most ({above:.2f} above the model)"
+    return f"{row['visual_tokens']} visual tokens, {row['tokens_per_second']:.1f} tokens/s, {peak}"
+
+
+def _table(row: dict[str, Any]) -> Table:
+    """A line for each step."""
+    headings = ["", "ms", "min to max"]
+    headings += [] if row["ratios"] is None else ["ratio", "min to max", "FLOPs", "over FLOPs"]
+    table = Table(box=None, padding=(0, 0, 0, 2), header_style="dim")
+    for heading in headings:
+        width = {"": 7, "min to max": 15}.get(heading, 6)  # alike in the tables of all candidates
+        table.add_column(heading, justify="right" if heading else "left", min_width=width, no_wrap=True)
+    for step, name in STEPS.items():
+        seconds = row["seconds"][step]
+        cells = [_milliseconds(seconds["median"]), " to ".join(_milliseconds(seconds[end]) for end in ("min", "max"))]
+        if row["ratios"] is not None:
+            ratio = row["ratios"][step]
+            cells += [f"{ratio['median']:.3f}", f"{ratio['min']:.3f} to {ratio['max']:.3f}", f"{ratio['flops']:.3f}"]
+            cells.append(f"{row['over_flops'][step]:.2f}")
+        table.add_row(name, *cells)
+    return table
 
 
 def _milliseconds(seconds: float) -> str:
@@ -113,7 +126,7 @@ def _bars(axes: Axes, rows: Sequence[dict[str, Any]], names: Sequence[str], step
     axes.invert_yaxis()
     axes.margins(x=0.15)
     axes.set_xlim(left=0)
-    axes.set_xlabel("ms", fontsize=9)
+    axes.set_xlabel(label, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     if len(steps) > 1:
         axes.legend(fontsize=8, frameon=False, ncols=len(steps), loc="lower right", bbox_to_anchor=(1, 1))
