@@ -124,9 +124,10 @@ def _bars(axes: Axes, rows: Sequence[dict[str, Any]], names: Sequence[str], step
         axes.annotate(text, (max(end, high), place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9)
     axes.set_yticks(places, names, fontsize=9)
     axes.invert_yaxis()
-    axes.margins(x=0.15)
+    axes.margins(x=0.25)  # for the figures
     axes.set_xlim(left=0)
-    axes.set_xlabel(label, fontsize=9)
+    measured = "ms; figure and line: the whole as measured, its min to max" if len(steps) > 1 else "ms"
+    axes.set_xlabel(measured, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     if len(steps) > 1:
         axes.legend(fontsize=8, frameon=False, ncols=len(steps), loc="lower right", bbox_to_anchor=(1, 1))
