@@ -72,7 +72,7 @@ def _table(row: dict[str, Any]) -> Table:
         table.add_column(heading, justify="right" if heading else "left", min_width=width, no_wrap=True)
     for step, name in STEPS.items():
         seconds = row["seconds"][step]
-        cells = [_milliseconds(seconds["median"]), " to ".join(_milliseconds(seconds[end]) for end in ("min", "max"))]
+        cells = [milliseconds(seconds["median"]), " to ".join(milliseconds(seconds[end]) for end in ("min", "max"))]
         if row["ratios"] is not None:
             ratio = row["ratios"][step]
             cells += [f"{ratio['median']:.3f}", f"{ratio['min']:.3f} to {ratio['max']:.3f}", f"{ratio['flops']:.3f}"]
@@ -81,10 +81,10 @@ def _table(row: dict[str, Any]) -> Table:
     return table
 
 
-def _milliseconds(seconds: float) -> str:
-    """To three digits."""
+def milliseconds(seconds: float) -> str:
+    """With three digits or more."""
     ms = 1e3 * seconds
-    return f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}"
+    return f"{ms:.0f}" if ms >= 99.95 else f"{ms:#.3g}"
 
 
 def draw(result: dict[str, Any], path: str | Path) -> None:
@@ -120,7 +120,7 @@ def _bars(axes: Axes, rows: Sequence[dict[str, Any]], names: Sequence[str], step
     for place, end, row in zip(places, ends, rows, strict=True):
         low, high = (1e3 * row["seconds"][whole][bound] for bound in ("min", "max"))
         axes.plot([low, high], [place, place], color="#333333", linewidth=1)
-        text = _milliseconds(row["seconds"][whole]["median"]) + " ms"
+        text = milliseconds(row["seconds"][whole]["median"]) + " ms"
         axes.annotate(text, (max(end, high), place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9)
     axes.set_yticks(places, names, fontsize=9)
     axes.invert_yaxis()

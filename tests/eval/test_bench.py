@@ -13,7 +13,7 @@ from rich.console import Console
 from mllm_vision.eval import bench as module
 from mllm_vision.eval import measurement, shapes
 from mllm_vision.eval.bench import STEPS, Checkpoint, bench
-from mllm_vision.eval.bench_report import draw, report
+from mllm_vision.eval.bench_report import draw, milliseconds, report
 from mllm_vision.eval.measurement import Steps
 from mllm_vision.reducers import HiPruneConfig, PoolConfig
 from tests.eval.toy_shapes import toy_shape
@@ -177,8 +177,15 @@ def test_table_shows_what_the_json_holds(result):
             assert line.split() == expected
 
 
-def milliseconds(seconds):
-    return f"{1e3 * seconds:.0f}" if seconds >= 0.1 else f"{1e3 * seconds:.3g}"
+def test_milliseconds_have_three_digits():
+    assert [milliseconds(ms / 1e3) for ms in (0.01234, 1, 12.04, 99.94, 99.96, 11318.4)] == [
+        "0.0123",
+        "1.00",
+        "12.0",
+        "99.9",
+        "100",
+        "11318",
+    ]
 
 
 def test_table_fits_a_terminal_of_80_columns(result):
