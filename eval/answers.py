@@ -101,9 +101,9 @@ def _number(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
 
-def prompt_for(processor: ProcessorMixin, question: str, images: int) -> str:
+def prompt_for(processor: ProcessorMixin, question: str, images: int, system: str | None = None) -> str:
     """The prompt that asks a question about so many images."""
-    return write_prompt(processor, question_parts(question, images))
+    return write_prompt(processor, question_parts(question, images), system)
 
 
 @torch.inference_mode()

@@ -41,6 +41,7 @@ def evaluate(
     limit: int | None = None,
     batch_size: int = 8,
     decoding: Decoding | None = None,
+    system: str | None = None,
     data: str | Path | Mapping[str, str | Path] | None = None,
     out: str | Path | None = None,
     overwrite: bool = False,
@@ -58,6 +59,7 @@ def evaluate(
         limit: At most so many questions of each task, drawn by ``seed`` in whole units; None is all of them.
         batch_size: Questions answered together, in each process.
         decoding: None is greedy search.
+        system: What every prompt begins with; None leaves that to the chat template.
         data: Folder with a folder of each task's data, named as the task, or a mapping from tasks to folders; None is
             the hub.
         out: Folder that keeps answers as they come and the results; a run into the same folder goes on where the last
@@ -85,11 +87,11 @@ def evaluate(
         check_folder(folder, sum(len(questions.examples) for questions in loaded.values()))
 
     results = {}
-    described = _described(model, name, decoding, generate)
+    described = _described(model, name, decoding, system, generate)
     with _evaluating(model):
         for task in asked:
             questions = loaded[task.name]
-            run = _Run(model, processor, task, batch_size, decoding, generate, state, progress)
+            run = _Run(model, processor, task, batch_size, decoding, system, generate, state, progress)
             journal = None if folder is None else Journal(folder, task.name, _settings(task, described))
             start = time.monotonic()
             records = run.records(questions.examples, journal, overwrite)
@@ -113,6 +115,7 @@ class _Run:
     task: Task
     batch_size: int
     decoding: Decoding
+    system: str | None
     generate: dict[str, Any]
     state: PartialState
     progress: bool
@@ -210,7 +213,7 @@ class _Run:
         return [said for part in parts for said in self._answers(prompts[part], pictures[part], ids[part])]
 
     def _prompt(self, example: Example) -> str:
-        return prompt_for(self.processor, example.question, len(example.images))
+        return prompt_for(self.processor, example.question, len(example.images), self.system)
 
 
 def _result(
@@ -259,7 +262,7 @@ def data_folder(task: Task, data: str | Path | Mapping[str, str | Path] | None) 
 
 
 def _described(
-    model: PreTrainedModel, name: str | None, decoding: Decoding, generate: Mapping[str, Any]
+    model: PreTrainedModel, name: str | None, decoding: Decoding, system: str | None, generate: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The model and how it answers, as JSON holds it."""
     plugged = restored(getattr(model.config, "mllm_vision", None))
@@ -270,6 +273,7 @@ def _described(
         "methods": [method.to_dict() for method in plugged],
         "dtype": str(model.dtype).removeprefix("torch."),
         "decoding": decoding.to_dict(),
+        **({} if system is None else {"system": system}),
         "generation_config": {k: v for k, v in stated.items() if k != "transformers_version" and k[0] != "_"},
         "generate": {key: _word(value) for key, value in generate.items()},
     }

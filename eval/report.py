@@ -90,8 +90,14 @@ class TaskResult:
 
     @property
     def headline(self) -> Score:
-        """The one score to quote."""
+        """The one score to quote.
+
+        Raises:
+            ValueError: no question was asked that has a part in it.
+        """
         group, name = self.task.headline
+        if group not in self.scores:
+            raise ValueError(f"{self.task.name} is quoted by {group}, {name}, and no such question was asked; ask more")
         return self.scores[group][name]
 
 

@@ -141,6 +141,7 @@ def sweep(
                 "keep": point.keep,
                 "tokens": times[i][0],
                 "first_token_ms": times[i][1],
+                "seeds": [result.headline.value for result in found],
                 **_scores(task, [result.tallies for result in found], everything, seed),
             }
             for i, (point, found) in enumerate(zip(points, results, strict=True))
@@ -153,9 +154,7 @@ def sweep(
 def _scores(task: Task, runs: Sequence[Tallies], everything: Tallies, seed: int) -> dict[str, Any]:
     """Scores of a point's runs together and their differences to those of all tokens, each with its interval."""
     mean = Tallies.mean(runs)
-    group, headline = task.headline
     return {
-        "seeds": [scored(task, run, seed=seed)[group][headline].value for run in runs],
         "scores": _plain(scored(task, mean, seed=seed)),
         "differences": _plain(differences(task, everything, mean, seed=seed)),
     }

@@ -146,6 +146,9 @@ def evaluate(
     settings: Setting = None,
     decode: Annotated[str | None, typer.Option(help="Decoding strategy to plug in, as name:field=value.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 8,
+    system: Annotated[
+        str | None, typer.Option(help="What every prompt begins with, as Vicuna's sentence; else the template's.")
+    ] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longest answer; else what the task asks for.")
     ] = None,
@@ -182,6 +185,7 @@ def evaluate(
     from accelerate import PartialState
 
     import mllm_vision as mv
+    from mllm_vision.eval.evaluation import data_folder
     from mllm_vision.eval.journal import check_folder
     from mllm_vision.eval.task import parse_tasks
 
@@ -196,6 +200,9 @@ def evaluate(
     )
     asked = parse_tasks(tasks)
     _check_device(device)
+    for folder in filter(None, (data_folder(task, data) for task in asked)):
+        if not folder.is_dir():
+            raise typer.BadParameter(f"{folder} is no folder; --data has a folder for each task, named as the task")
     if out is not None:
         check_folder(out)
     state = PartialState(cpu=device == "cpu")
@@ -208,6 +215,7 @@ def evaluate(
         limit=limit,
         batch_size=batch_size,
         decoding=decoding,
+        system=system,
         data=data,
         out=out,
         overwrite=overwrite,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import ProcessorMixin
 
 IMAGE_MARK = "<image>"
@@ -36,9 +38,22 @@ def question_parts(question: str, images: int) -> list[dict[str, str]]:
     return parts
 
 
-def write_prompt(processor: ProcessorMixin, parts: list[dict[str, str]]) -> str:
-    """The prompt that asks for an answer to `question_parts`: by the processor's chat template, else as LLaVA-1.5's."""
+def write_prompt(processor: ProcessorMixin, parts: list[dict[str, str]], system: str | None = None) -> str:
+    """The prompt that asks for an answer to `question_parts`: by the processor's chat template, else as LLaVA-1.5's.
+
+    Args:
+        system: What the conversation begins with; None leaves that to the template.
+
+    Raises:
+        ValueError: the template has no place for ``system``.
+    """
     if processor.chat_template:
-        return processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
+        messages: list[dict[str, Any]] = [{"role": "user", "content": parts}]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
+        prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+        if system is not None and system not in prompt:
+            raise ValueError("the chat template of this model has no place for a system prompt; leave it out")
+        return prompt
     written = [part["text"] if part["type"] == "text" else f"{processor.image_token}\n" for part in parts]
-    return f"USER: {''.join(written)} ASSISTANT:"
+    return f"{'' if system is None else system + ' '}USER: {''.join(written)} ASSISTANT:"

@@ -1,6 +1,8 @@
 """The commands: what they print, and the one line they end with when something is wrong."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from PIL import Image
@@ -48,7 +50,7 @@ def ask(model, image, *arguments, question="How many red squares?"):
 def test_help_lists_the_commands():
     result = run("--help")
     assert result.exit_code == 0
-    for command in ("ask", "methods", "train", "demo", "scenes", "overhead"):
+    for command in ("ask", "methods", "eval", "sweep", "tasks", "train", "demo", "scenes", "overhead"):
         assert f"  {command} " in result.stdout
 
 
@@ -163,6 +165,66 @@ def test_methods_lists_every_method_with_its_fields():
     assert all(row["name"] in printed for row in rows)
 
 
+def test_eval_scores_a_model_and_compares_two_runs(tmp_path):
+    task = ("--tasks", "scenes:questions=3:families=existence/colour")
+    for folder, reduce in (("all", ()), ("few", ("--reduce", "hiprune", "--keep", "1/9"))):
+        result = run("eval", "tiny-llava-scenes", *task, "--out", tmp_path / folder, *reduce)
+        assert result.exit_code == 0, result.output
+    assert "existence_adversarial" in result.stdout
+    assert "hiprune:keep=0.1111111111111111, float32, greedy, seed 0" in result.stdout
+    assert len((tmp_path / "few" / "scenes.jsonl").read_text().splitlines()) == 1 + 5 + 3  # existence asks 1 + 3 + 1
+    compared = run("eval", "--compare", *(tmp_path / folder / "results.json" for folder in ("all", "few")))
+    assert compared.exit_code == 0, compared.output
+    assert "paired bootstrap intervals" in compared.stdout
+    refused = run("eval", "tiny-llava-scenes", *task, "--out", tmp_path / "all", "--temperature", "1")
+    assert "has answers of another run: decoding was" in error_of(refused)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "give either a model or --compare"),
+        ((NOWHERE, "--compare", "a.json", "b.json"), "give either a model or --compare"),
+        ((NOWHERE, "--tasks", "popes"), "unknown task 'popes'; the tasks are ai2d, chair"),
+        ((NOWHERE, "--tasks", "pope:parser=mine"), "parser must be one of"),
+        (
+            (NOWHERE, "--tasks", "pope", "--data", "/nowhere"),
+            "/nowhere/pope is no folder; --data has a folder for each",
+        ),
+        ((NOWHERE, "--reduce", "hiprune"), "hiprune needs keep"),
+        ((NOWHERE, "--decode", "hiprune:keep=3"), "hiprune is a method of kind reducer, not decoding"),
+        ((NOWHERE, "--top-p", "0.5"), "top_p and top_k are for sampling"),
+        ((NOWHERE, "--limit", "0"), "Invalid value for '--limit'"),
+        ((NOWHERE, "--out", "/dev/null"), "/dev/null cannot be a folder, since a file is in the way"),
+        (("--compare", "a.json", "b.json"), "a.json is no file; give the results.json of an evaluation"),
+    ],
+)
+def test_eval_finds_errors_before_it_looks_for_the_model(arguments, message):
+    assert message in error_of(run("eval", *arguments))
+
+
+def test_sweep_writes_its_record_and_picture(tmp_path):
+    task = ("--task", "scenes:questions=2:families=colour", "--repeats", 1, "--seeds", 2)
+    result = run("sweep", *task, "--methods", "random,pool", "--keep", "1/2,9", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "all tokens" in result.stdout
+    assert len(json.loads((tmp_path / "sweep.json").read_text())["points"]) == 5
+    assert Image.open(tmp_path / "sweep.png").width > 1000
+
+
+def test_tasks_lists_every_benchmark_with_its_options():
+    from mllm_vision.eval import list_tasks
+
+    printed = run("tasks").stdout
+    assert all(task.name in printed for task in list_tasks())
+    assert "questions = 500" in printed
+
+
+def test_the_package_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "mllm_vision", "--help"], capture_output=True, text=True, check=True)
+    assert "eval" in done.stdout
+
+
 def test_train_says_what_recipes_there_are():
     message = error_of(run("train", "no_such_recipe"))
     assert "no recipe 'no_such_recipe'; there are" in message
@@ -210,3 +272,14 @@ def test_prompt_follows_the_chat_template_where_there_is_one():
     assert write_prompt(HOST["llava-clip"].processor, parts) == "USER: <image>\nWhat? ASSISTANT:"
     processor.chat_template = "{% for part in messages[0]['content'] %}[{{ part['type'] }}]{% endfor %}"
     assert write_prompt(processor, parts) == "[image][text]"
+
+
+def test_a_system_prompt_stands_first_where_there_is_a_place_for_it():
+    processor = HOST["qwen2.5-vl"].build_processor()
+    parts = question_parts("What?", 1)
+    assert write_prompt(HOST["llava-clip"].processor, parts, "Be brief.") == "Be brief. USER: <image>\nWhat? ASSISTANT:"
+    processor.chat_template = "{% for m in messages %}{{ m['role'] }} {{ m['content'][0].get('text') }};{% endfor %}"
+    assert write_prompt(processor, parts, "Be brief.") == "system Be brief.;user None;"
+    processor.chat_template = "{{ messages[-1]['role'] }}"
+    with pytest.raises(ValueError, match="the chat template of this model has no place for a system prompt"):
+        write_prompt(processor, parts, "Be brief.")

@@ -282,3 +282,11 @@ def test_what_makes_no_sense_is_refused(loaded, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError, match="a file is in the way"):
         evaluate(*loaded, TASK, out=tmp_path / "file")
+
+
+def test_a_system_prompt_begins_every_prompt_and_is_reported(loaded, local, tmp_path):
+    found = evaluate(*loaded, Local(), data=local.parent, out=tmp_path / "out", system="there is a red star.")
+    assert found.run["system"] == "there is a red star."
+    assert found.tasks["local"].prompt.startswith("SYSTEM: there is a red star. USER: <image>")
+    with pytest.raises(ValueError, match="system was 'there is a red star.' and is None"):
+        evaluate(*loaded, Local(), data=local.parent, out=tmp_path / "out")
