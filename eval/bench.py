@@ -27,9 +27,9 @@ from mllm_vision.eval.environment import environment
 from mllm_vision.eval.flops import counting_flops
 from mllm_vision.eval.measurement import (
     Clock,
-    CudaClock,
     Steps,
     available_memory,
+    clock_of,
     in_fresh_process,
     in_turn,
     measure_steps,
@@ -204,7 +204,7 @@ class _Run:
 
     def pairs(self, model: PreTrainedModel, inputs: BatchFeature) -> dict[str, list[tuple[Steps, Steps]]]:
         """By candidate, the baseline's steps and its own of each turn; the baseline itself has those of all turns."""
-        clock = CudaClock(self.device) if self.device.type == "cuda" else Clock()
+        clock = clock_of(self.device)
         runs = [partial(self.answer, model, inputs, methods, clock) for methods in self.candidates.values()]
         names = list(self.candidates)
         pairs: dict[str, list[tuple[Steps, Steps]]] = {names[0]: []}
@@ -230,7 +230,7 @@ class _Run:
         """MB of the GPU that are allocated before an answer, and at most during it."""
         torch.cuda.reset_peak_memory_stats(self.device)
         loaded = torch.cuda.memory_allocated(self.device)
-        self.answer(model, inputs, methods, CudaClock(self.device))
+        self.answer(model, inputs, methods, clock_of(self.device))
         return {"loaded": loaded / 1e6, "peak": torch.cuda.max_memory_allocated(self.device) / 1e6}
 
     def resident(self, batch: int) -> dict[str, dict[str, float]]:
