@@ -26,7 +26,7 @@ from mllm_vision.eval.answers import prompt_for
 from mllm_vision.eval.bench import prompt_lengths
 from mllm_vision.eval.environment import environment
 from mllm_vision.eval.evaluation import data_folder, evaluate
-from mllm_vision.eval.measurement import clock_of, in_turn, measure_steps
+from mllm_vision.eval.measurement import clock_of, measure_steps
 from mllm_vision.eval.report import TaskResult
 from mllm_vision.eval.scores import LEVEL, RESAMPLES, Score, Tallies, differences, scored
 from mllm_vision.eval.task import Example, Task
@@ -45,12 +45,12 @@ class Point:
     Args:
         method: As it was asked for, "hiprune" or "hiprune:alpha=0.2".
         keep: The budget; None for all tokens.
-        configs: One for each seed, or one, or none for all tokens.
+        runs: The methods of each run, one for each seed; a run of all tokens has none.
     """
 
     method: str
     keep: float | int | None
-    configs: list[MethodConfig]
+    runs: list[list[MethodConfig]]
 
 
 def plan(model: PreTrainedModel, names: Sequence[str], keeps: Sequence[float | int], seeds: int) -> list[Point]:
@@ -63,7 +63,7 @@ def plan(model: PreTrainedModel, names: Sequence[str], keeps: Sequence[float | i
         ValueError: an unknown method, one without a budget, or one that the model cannot use.
     """
     chosen = list(names) or [row.name for row in methods() if "keep" in row.fields and _usable(model, row.name)]
-    points = [Point(ALL_TOKENS, None, [])]
+    points = [Point(ALL_TOKENS, None, [[]])]
     for name in chosen:
         bare, settings = parse_spec(name)
         fields = config_class(bare).defaults()
@@ -73,9 +73,9 @@ def plan(model: PreTrainedModel, names: Sequence[str], keeps: Sequence[float | i
         drawn = numbers if "seed" in fields and "seed" not in settings else [{}]
         for keep in keeps:
             stored = {"type": bare, "keep": keep} | settings
-            points.append(Point(name, keep, [MethodConfig.from_dict(stored | number) for number in drawn]))
+            points.append(Point(name, keep, [[MethodConfig.from_dict(stored | number)] for number in drawn]))
     for point in points:
-        with mv.using(model, *point.configs[:1]):
+        with mv.using(model, *point.runs[0]):
             pass  # what the model cannot give is found out now
     return points
 
@@ -120,9 +120,9 @@ def sweep(
     for point in points:
         say(f"{task.name}: {label(point.method, point.keep)}")
         found = []
-        for config in point.configs or [None]:
-            with mv.using(model, *([] if config is None else [config])):
-                folder = out / ANSWERS / _file_name(config)
+        for configs in point.runs:
+            with mv.using(model, *configs):
+                folder = out / ANSWERS / _file_name(configs)
                 evaluation = evaluate(model, processor, task, out=folder, overwrite=overwrite, name=name, **options)
                 found.append(evaluation.tasks[task.name])
         results.append(found)
@@ -173,22 +173,21 @@ def _first_token_times(
 ) -> list[tuple[float, dict[str, float]]]:
     """Of each point, the median number of visual tokens, and the milliseconds to the first token."""
     clock = clock_of(model.device)
-    inputs: dict[str, BatchFeature] = {}
 
-    def run(point: Point) -> tuple[float, int]:
-        with mv.using(model, *point.configs[:1]), torch.inference_mode():
-            kept, _ = prompt_lengths(model, inputs["now"])
-            return 1e3 * measure_steps(model, inputs["now"], DECODED, clock).first_token, kept
+    def run(point: Point, inputs: BatchFeature) -> tuple[float, int]:
+        with mv.using(model, *point.runs[0]), torch.inference_mode():
+            kept, _ = prompt_lengths(model, inputs)
+            return 1e3 * measure_steps(model, inputs, DECODED, clock).first_token, kept
 
     turns = []
     for number in range(WARMUPS + repeats):
         example = examples[number * len(examples) // (WARMUPS + repeats)]
-        inputs["now"] = processor(
+        inputs = processor(
             images=[load() for load in example.images],
             text=prompt_for(processor, example.question, len(example.images)),
             return_tensors="pt",
         ).to(model.device, model.dtype)
-        turns += in_turn([lambda point=point: run(point) for point in points], 1, warmups=0)
+        turns.append([run(point, inputs) for point in points])
     found = []
     for column in zip(*turns[WARMUPS:], strict=True):
         times, kept = zip(*column, strict=True)
@@ -207,11 +206,10 @@ def _budget(keep: float | int) -> str:
     return str(keep) if isinstance(keep, int) else str(Fraction(keep).limit_denominator(100))
 
 
-def _file_name(config: MethodConfig | None) -> str:
-    if config is None:
-        return "all-tokens"
-    stored = config.to_dict()
-    return spec(stored.pop("type"), stored).replace(":", "-").replace("/", "-")
+def _file_name(configs: Sequence[MethodConfig]) -> str:
+    stored = [config.to_dict() for config in configs]
+    names = [spec(config.pop("type"), config).replace(":", "-").replace("/", "-") for config in stored]
+    return "+".join(names) or ALL_TOKENS.replace(" ", "-")
 
 
 def report(record: dict[str, Any]) -> RenderableType:

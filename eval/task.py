@@ -84,8 +84,8 @@ class Task(Settings, ABC):
         max_new_tokens: Longest answer.
         reads_data: Whether there are data to read; not where a task makes its own.
         headline: (group, score) of the one number to quote.
-        resumable: Options that a run may change which goes on with the answers of another: those that choose questions or
-            say what answers count for.
+        resumable: Options in which a run may differ from the one whose answers it goes on with: those that choose
+            questions or say what answers count for.
     """
 
     name: ClassVar[str]

@@ -50,7 +50,7 @@ def ask(model, image, *arguments, question="How many red squares?"):
 def test_help_lists_the_commands():
     result = run("--help")
     assert result.exit_code == 0
-    for command in ("ask", "methods", "eval", "sweep", "tasks", "train", "demo", "scenes", "overhead"):
+    for command in ("ask", "bench", "methods", "eval", "sweep", "tasks", "train", "demo", "scenes", "overhead"):
         assert f"  {command} " in result.stdout
 
 
@@ -210,6 +210,35 @@ def test_sweep_writes_its_record_and_picture(tmp_path):
     assert "all tokens" in result.stdout
     assert len(json.loads((tmp_path / "sweep.json").read_text())["points"]) == 5
     assert Image.open(tmp_path / "sweep.png").width > 1000
+
+
+def test_bench_writes_what_it_measured(tmp_path):
+    files = ("--out", tmp_path / "bench.json", "--plot", tmp_path / "bench.png")
+    fast = ("--repeats", 1, "--new-tokens", 2, "--size", 140, 140, "--device", "cpu")
+    result = run("bench", "tiny-llava-scenes", "--reduce", "hiprune:keep=33", *fast, *files)
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert [(row["name"], row["visual_tokens"]) for row in rows] == [("all tokens", 100), ("hiprune:keep=33", 33)]
+    assert "TTFT" in result.stdout
+    assert Image.open(tmp_path / "bench.png").width > 1000
+    assert "bench.json exists; add --overwrite" in error_of(run("bench", NOWHERE, *files))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "give either a model or --shape NAME"),
+        ((NOWHERE, "--shape", "llava-1.5-7b"), "give either a model or --shape NAME"),
+        ((NOWHERE, "--layers", 2), "--layers cuts a --shape"),
+        ((NOWHERE, "--batch", "1,many"), "--batch takes numbers, as 1,4, got '1,many'"),
+        ((NOWHERE, "--batch", "0"), "batches and repeats of 1 or more"),
+        ((NOWHERE, "--reduce", "hiprune"), "hiprune needs keep"),
+        (("--shape", "llava-9"), "llava-1.5-7b"),
+        (("--shape", "llava-1.5-7b", "--layers", 0), "layers"),
+    ],
+)
+def test_bench_finds_errors_before_it_looks_for_the_model(arguments, message):
+    assert message in error_of(run("bench", *arguments))
 
 
 def test_tasks_lists_every_benchmark_with_its_options():

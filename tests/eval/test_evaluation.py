@@ -288,5 +288,5 @@ def test_a_system_prompt_begins_every_prompt_and_is_reported(loaded, local, tmp_
     found = evaluate(*loaded, Local(), data=local.parent, out=tmp_path / "out", system="there is a red star.")
     assert found.run["system"] == "there is a red star."
     assert found.tasks["local"].prompt.startswith("SYSTEM: there is a red star. USER: <image>")
-    with pytest.raises(ValueError, match="system was 'there is a red star.' and is None"):
+    with pytest.raises(ValueError, match=r"system was 'there is a red star.' and is None"):
         evaluate(*loaded, Local(), data=local.parent, out=tmp_path / "out")

@@ -33,12 +33,12 @@ def swept(loaded, tmp_path_factory):
 
 def test_a_plan_has_all_usable_methods_and_seeds_where_chance_enters(loaded):
     points = sweeping.plan(loaded[0], [], [0.5, 0.25], seeds=3)
-    assert points[0] == sweeping.Point("all tokens", None, [])
+    assert points[0] == sweeping.Point("all tokens", None, [[]])
     assert [(p.method, p.keep) for p in points[1:]] == [
         (name, keep) for name in ("cls_topk", "downsample", "hiprune", "pool", "random") for keep in (0.5, 0.25)
     ]
-    assert points[-1].configs == [RandomConfig(keep=0.25, seed=seed) for seed in range(3)]
-    assert points[5].configs == [HiPruneConfig(keep=0.5)]
+    assert points[-1].runs == [[RandomConfig(keep=0.25, seed=seed)] for seed in range(3)]
+    assert points[5].runs == [[HiPruneConfig(keep=0.5)]]
     assert not hasattr(loaded[0], "vision_slots")
 
 
