@@ -131,7 +131,7 @@ class _Run:
             self.state.wait_for_everyone()  # nobody writes while another still reads
             journal.mend(self.state.process_index)
         left = [example for example in examples if example.id not in done]
-        if done:
+        if 0 < len(done) < len(examples):
             log.info("%s: %d of %d answers are there already", self.task.name, len(done), len(examples))
         mine: list[Record] = []
         for records in self._answered(left[self.state.process_index :: self.state.num_processes]):
