@@ -1,5 +1,7 @@
 """A model's answers to questions about pictures, the same whatever stands beside a question in its batch.
 
+In half precision that is so up to rounding, which the shape of a batch has a say in: a near tie may go either way.
+
 Sampling draws by Gumbel's trick: the most probable token after noise is a fair draw, and the noise of a row comes from
 its own question and step. So a sampled run can be cut into other batches, spread over processes, or taken up again,
 and says the same.
@@ -18,6 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers import (
+    BatchFeature,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
@@ -67,8 +70,9 @@ class Decoding(Settings):
             raise ValueError("beams are searched at temperature 0; give either num_beams or a temperature")
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, as JSON holds them."""
-        return asdict(self)
+        """What has a say in answers, as JSON holds it: all fields, the seed only where answers are drawn."""
+        fields = asdict(self)
+        return fields if self.temperature else {name: value for name, value in fields.items() if name != "seed"}
 
     def processors(self, ids: Sequence[str]) -> LogitsProcessorList:
         """What turns greedy search into this kind of sampling, for a batch of questions with these ids."""
@@ -106,12 +110,24 @@ def prompt_for(processor: ProcessorMixin, question: str, images: int, system: st
     return write_prompt(processor, question_parts(question, images), system)
 
 
+def inputs_for(
+    processor: ProcessorMixin, prompts: Sequence[str], pictures: Sequence[Sequence[Image.Image]]
+) -> BatchFeature:
+    """What the processor makes of questions, padded on the left, and of the pictures of each."""
+    return processor(
+        images=[picture for row in pictures for picture in row] or None,
+        text=list(prompts),
+        padding=True,
+        padding_side="left",
+        return_tensors="pt",
+    )
+
+
 @torch.inference_mode()
 def answer(
     model: PreTrainedModel,
     processor: ProcessorMixin,
-    prompts: Sequence[str],
-    pictures: Sequence[Sequence[Image.Image]],
+    inputs: BatchFeature,
     ids: Sequence[str],
     *,
     max_new_tokens: int,
@@ -121,23 +137,15 @@ def answer(
     """The answers of one batch, without special tokens and surrounding space.
 
     Args:
-        prompts: B of them.
-        pictures: Of each question.
+        inputs: Of `inputs_for`.
         ids: Of each question, which sampling is seeded with.
         max_new_tokens: Longest answer; ``decoding`` has the last word.
         decoding: None is greedy search.
         generate: Passed on to `generate`.
     """
     decoding = decoding or Decoding()
-    inputs = processor(
-        images=[picture for row in pictures for picture in row] or None,
-        text=list(prompts),
-        padding=True,
-        padding_side="left",
-        return_tensors="pt",
-    ).to(model.device, model.dtype)
     out = model.generate(
-        **inputs,
+        **inputs.to(model.device, model.dtype),
         max_new_tokens=decoding.max_new_tokens or max_new_tokens,
         do_sample=False,
         num_beams=decoding.num_beams,

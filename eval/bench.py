@@ -22,7 +22,7 @@ from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 from transformers.utils.logging import disable_progress_bar
 
 import mllm_vision as mv
-from mllm_vision.encoding import encode_images
+from mllm_vision.encoding import encode_images, image_inputs
 from mllm_vision.eval.environment import environment
 from mllm_vision.eval.flops import counting_flops
 from mllm_vision.eval.measurement import (
@@ -37,7 +37,6 @@ from mllm_vision.eval.measurement import (
     torch_threads,
 )
 from mllm_vision.eval.shapes import MakeInputs, Shape, random_pictures
-from mllm_vision.host import adapter_for
 from mllm_vision.prompts import question_parts, write_prompt
 from mllm_vision.registry import MethodConfig
 
@@ -251,8 +250,7 @@ class _Run:
 
 def prompt_lengths(model: PreTrainedModel, inputs: BatchFeature) -> tuple[int, int]:
     """Visual tokens of the first image, and columns of the fitted prompts."""
-    images = {name: inputs[name] for name in adapter_for(model.config).image_inputs if name in inputs}
-    encoded = encode_images(model, model.vision_slots, images)
+    encoded = encode_images(model, model.vision_slots, image_inputs(model, inputs))
     left_out = [image.placeholders - len(image.features) for image in encoded]
     return len(encoded[0].features), inputs["input_ids"].shape[1] - min(left_out)
 

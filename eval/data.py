@@ -45,6 +45,9 @@ class HubData:
     images: tuple[HubData, str, str] | None = None
 
 
+DAMAGED = "\0damaged"
+"""Column of a line that could not be read, with the reason."""
+
 Encoded = Callable[[], "Path | bytes"]
 """Where a picture is or what is in its file, looked up when it is needed."""
 
@@ -62,6 +65,8 @@ class Row:
         self._values, self._find, self.number = values, find or _no_picture, number
 
     def __getitem__(self, column: str) -> Any:
+        if DAMAGED in self._values:
+            raise ValueError(self._values[DAMAGED])
         if column not in self._values:
             raise ValueError(f"there is no column {column!r}; there are {', '.join(self._values)}")
         return self._values[column]
@@ -116,12 +121,17 @@ def rows(hub: HubData | None, folder: Path | None) -> tuple[Iterable[Row], dict[
         return _hub_rows(hub)
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder; a local copy is a datasets directory or JSONL files with images/")
+    if (folder / "dataset_dict.json").is_file():
+        splits = sorted(path.name for path in folder.iterdir() if path.is_dir())
+        if hub is None or hub.split not in splits:
+            raise ValueError(f"{folder} has the splits {', '.join(splits)}; give the folder of one of them")
+        folder = folder / hub.split
     if (folder / "dataset_info.json").is_file():
         import datasets
 
         table = datasets.load_from_disk(folder)
         return _table_rows(table, _from_cell(table)), _local(folder, [folder / "state.json"], len(table))
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".jsonl", ".json"))
+    files = sorted(folder.glob("*.jsonl")) or sorted(folder.glob("*.json"))
     if not files:
         raise ValueError(f"{folder} holds neither dataset_info.json (a datasets directory) nor JSONL files")
     return file_rows(folder, files, [record for path in files for record in _records(path)])
@@ -143,11 +153,23 @@ def _local(folder: Path, files: Sequence[Path], n: int) -> dict[str, Any]:
 def _records(path: Path) -> list[dict[str, Any]]:
     text = path.read_text(encoding="utf-8")
     try:
-        # POPE's own files are called .json and hold JSONL.
-        values = json.loads(text) if text.lstrip().startswith("[") else [json.loads(x) for x in text.splitlines() if x]
+        # POPE's own files are called .json and hold JSONL. A line ends at \n only, not at what else Unicode has.
+        values = (
+            json.loads(text)
+            if text.lstrip().startswith("[")
+            else list(map(_record, filter(str.strip, text.split("\n"))))
+        )
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSONL: {error}") from error
-    return [{"file": path.stem, **value} if isinstance(value, dict) else {"file": path.stem} for value in values]
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    other = {DAMAGED: "the line is no JSON object"}
+    return [{"file": path.stem, **(value if isinstance(value, dict) else other)} for value in values]
+
+
+def _record(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        return {DAMAGED: f"the line is no JSON: {error}"}
 
 
 def _no_picture(column: str, number: int) -> Encoded:
@@ -199,7 +221,12 @@ def _hub_rows(hub: HubData) -> tuple[Iterable[Row], dict[str, Any]]:
 def _hub_table(hub: HubData) -> datasets.Dataset:
     import datasets
 
-    return datasets.load_dataset(hub.dataset, hub.config, split=hub.split, revision=hub.revision)
+    try:
+        return datasets.load_dataset(hub.dataset, hub.config, split=hub.split, revision=hub.revision)
+    except ConnectionError as error:
+        raise ConnectionError(
+            f"{hub.dataset} is not in the cache and the hub cannot be reached; give a local copy by --data ({error})"
+        ) from error
 
 
 def _commit(table: datasets.Dataset) -> str | None:

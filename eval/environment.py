@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shutil
 import subprocess
 from datetime import datetime, timezone
-from importlib.metadata import version
+from importlib.metadata import distribution, version
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def environment() -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         },
-        "git": git_state(Path(mllm_vision.__file__)),
+        "git": git_state(Path(mllm_vision.__file__)) or installed_from_git(),
     }
 
 
@@ -46,6 +47,13 @@ def cpu_model() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def installed_from_git() -> dict[str, Any] | None:
+    """The commit that was installed, where pip took the library from a repository; else None."""
+    origin = json.loads(distribution("mllm-vision").read_text("direct_url.json") or "{}")
+    commit = origin.get("vcs_info", {}).get("commit_id")
+    return None if commit is None else {"commit": commit, "dirty": False}
 
 
 def git_state(file: Path) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ class Journal:
         file = self._file(process)
         lines = [] if file.exists() else [{"task": self.task, "settings": self.settings}]
         with file.open("a", encoding="utf-8") as out:
-            out.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in [*lines, *records])
+            out.writelines(json.dumps(record) + "\n" for record in [*lines, *records])
 
     def mend(self, process: int) -> None:
         """Cut off the line that a killed process left unfinished."""
@@ -67,7 +67,7 @@ class Journal:
         found = {record["id"]: record for record in records}
         lines = [{"task": self.task, "settings": self.settings}, *{**found, **self.read(), **found}.values()]
         partial = self.folder / f"{self.task}.partial"
-        partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         others = [file for file in self._files() if file != self._file(0)]
         partial.replace(self._file(0))
         for file in others:
@@ -85,10 +85,20 @@ class Journal:
         return sorted([*self.folder.glob(f"{self.task}.jsonl"), *self.folder.glob(f"{self.task}.process-*.jsonl")])
 
     def _check(self, file: Path, found: dict[str, Any]) -> None:
-        names = [name for name in {**found, **self.settings} if found.get(name) != self.settings.get(name)]
-        if names:
-            changes = "; ".join(f"{n} was {found.get(n)!r} and is {self.settings.get(n)!r}" for n in names)
-            raise ValueError(f"{file} has answers of another run: {changes}; choose another folder or overwrite it")
+        if changes := difference(found, self.settings):
+            raise ValueError(f"{file} has answers of another run: {changes}; choose another folder, or --overwrite")
+
+
+def difference(found: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> str:
+    """In words, what settings were and are; empty where they are the same."""
+    words = []
+    for name in {**found, **now}:
+        was, to = found.get(name), now.get(name)
+        if isinstance(was, dict) and isinstance(to, dict):
+            words.append(difference(was, to, f"{prefix}{name}."))
+        elif was != to:
+            words.append(f"{prefix}{name} was {was!r} and is {to!r}")
+    return "; ".join(filter(None, words))
 
 
 def check_folder(folder: Path, answers: int = 0) -> None:
@@ -101,6 +111,8 @@ def check_folder(folder: Path, answers: int = 0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise NotADirectoryError(f"{folder} cannot be a folder, since a file is in the way") from None
+    except OSError as error:
+        raise OSError(f"{folder} cannot be made ({error.strerror}); choose another folder") from error
     needed = _PROBE_BYTES + answers * _BYTES_AN_ANSWER
     free = shutil.disk_usage(folder).free
     if free < needed:

@@ -26,7 +26,7 @@ from PIL import Image
 from transformers import GenerationConfig
 
 import mllm_vision as mv
-from mllm_vision.eval.answers import Decoding, answer
+from mllm_vision.eval.answers import Decoding, answer, inputs_for
 from mllm_vision.images import load_image
 from mllm_vision.prompts import IMAGE_MARK, question_parts, write_prompt
 from mllm_vision.registry import parse_methods
@@ -126,8 +126,7 @@ class MllmVision(lmms):
                     texts = answer(
                         self.model,
                         self.processor,
-                        prompts,
-                        pictures,
+                        inputs_for(self.processor, prompts, pictures),
                         [ids[i] for i in batch],
                         max_new_tokens=MAX_NEW_TOKENS,
                         decoding=decoding,

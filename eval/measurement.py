@@ -17,8 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from mllm_vision.encoding import encode_images
-from mllm_vision.host import adapter_for
+from mllm_vision.encoding import encode_images, image_inputs
 
 _PROC = Path("/proc/self")
 _MEMORY = Path("/proc/meminfo")
@@ -102,7 +101,7 @@ def measure_steps(model: PreTrainedModel, inputs: Any, new_tokens: int, clock: C
         new_tokens: Length of the answers.
         clock: What to measure.
     """
-    images = {name: inputs[name] for name in adapter_for(model.config).image_inputs if name in inputs}
+    images = image_inputs(model, inputs)
     start = clock.read()
     encode_images(model, model.vision_slots, images)
     encode = clock.between(start, clock.read())

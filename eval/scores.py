@@ -62,6 +62,33 @@ class Tallies:
                     counts.setdefault(count, np.zeros(len(by_unit)))[place] = number
         return cls(list(by_unit), columns)
 
+    @property
+    def answers(self) -> int:
+        """n of all groups together."""
+        return int(sum(counts["n"].sum() for counts in self.groups.values()))
+
+    def comparable(self, other: Tallies) -> tuple[Tallies, Tallies]:
+        """Both, cut to what they can be compared on: a unit in a group of which both answered equally many questions.
+
+        Raises:
+            ValueError: there is no such unit.
+        """
+        theirs = set(other.units)
+        common = [unit for unit in self.units if unit in theirs]
+        mine, others = self.only(common), other.only(common)
+        groups = [group for group in mine.groups if group in others.groups]
+        alike = {group: mine.groups[group]["n"] == others.groups[group]["n"] for group in groups}
+        asked = {group: alike[group] & (mine.groups[group]["n"] > 0) for group in groups}
+        if not any(cells.any() for cells in asked.values()):
+            raise ValueError("the two have no answered question in common")
+        units = [unit for unit, used in zip(common, np.any(list(asked.values()), axis=0), strict=True) if used]
+        return mine._cut(asked).only(units), others._cut(asked).only(units)
+
+    def _cut(self, asked: Mapping[str, np.ndarray]) -> Tallies:
+        """With nothing counted but where ``asked`` (U,) says so, and without the groups of which nothing is left."""
+        left = {group: cells for group, cells in asked.items() if cells.any()}
+        return Tallies(self.units, {g: {name: v * left[g] for name, v in self.groups[g].items()} for g in left})
+
     def only(self, units: Sequence[str]) -> Tallies:
         """Of these units alone, in this order."""
         place = {unit: i for i, unit in enumerate(self.units)}
@@ -105,21 +132,19 @@ def scored(task: Task, tallies: Tallies, *, seed: int = 0) -> dict[str, dict[str
     Args:
         seed: Of the draws.
     """
+    if not tallies.units:
+        return {}
     values = _scores(task, tallies, np.ones((1, len(tallies.units))))
     draws = _resampled(lambda weights: _scores(task, tallies, weights), len(tallies.units), seed)
     return _with_intervals(values, draws)
 
 
 def differences(task: Task, before: Tallies, after: Tallies, *, seed: int = 0) -> dict[str, dict[str, Score]]:
-    """Scores after less scores before, of the same units under the same draws."""
+    """Scores after less scores before, of `comparable` tallies under the same draws."""
 
     def difference(weights: np.ndarray) -> Scores:
         old, new = _scores(task, before, weights), _scores(task, after, weights)
-        return {
-            group: {name: new[group][name] - old[group][name] for name in scores if name in new.get(group, {})}
-            for group, scores in old.items()
-            if group in new
-        }
+        return {group: {name: new[group][name] - scores[name] for name in scores} for group, scores in old.items()}
 
     n = len(before.units)
     return _with_intervals(difference(np.ones((1, n))), _resampled(difference, n, seed))
@@ -128,9 +153,16 @@ def differences(task: Task, before: Tallies, after: Tallies, *, seed: int = 0) -
 def _scores(task: Task, tallies: Tallies, weights: np.ndarray) -> Scores:
     """Scores under weights (R, U), each (R,)."""
     sums: dict[str, Mapping[str, Any]] = {
-        group: {name: weights @ column for name, column in counts.items()} for group, counts in tallies.groups.items()
+        group: _drawn({name: weights @ column for name, column in counts.items()})
+        for group, counts in tallies.groups.items()
     }
     return {group: task.scores(counts) for group, counts in sums.items()} | task.summary(sums)
+
+
+def _drawn(sums: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Sums without those of draws in which nobody of the group is: they say nothing, not zero."""
+    nobody = sums["n"] == 0
+    return {name: np.where(nobody, np.nan, sum) for name, sum in sums.items()} if nobody.any() else sums
 
 
 def _resampled(score: Callable[[np.ndarray], Scores], units: int, seed: int) -> Scores:
@@ -154,7 +186,7 @@ def _with_intervals(values: Scores, draws: Scores) -> dict[str, dict[str, Score]
     tails = [100 * (1 - LEVEL) / 2, 100 * (1 + LEVEL) / 2]
     return {
         group: {
-            name: Score(float(value[0]), *map(float, np.percentile(draws[group][name], tails)))
+            name: Score(float(value[0]), *map(float, np.nanpercentile(draws[group][name], tails)))
             for name, value in scores.items()
         }
         for group, scores in values.items()

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -22,8 +23,8 @@ from rich.table import Table
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 import mllm_vision as mv
-from mllm_vision.eval.answers import prompt_for
-from mllm_vision.eval.bench import prompt_lengths
+from mllm_vision.encoding import encode_images, image_inputs
+from mllm_vision.eval.answers import inputs_for, prompt_for
 from mllm_vision.eval.environment import environment
 from mllm_vision.eval.evaluation import data_folder, evaluate
 from mllm_vision.eval.measurement import clock_of, measure_steps
@@ -109,7 +110,7 @@ def sweep(
         points: Of `plan`, all tokens first.
         repeats: Questions that a time is the median of.
         say: Is told what is being done.
-        options: As for `evaluate`: limit, batch_size, data, decoding, seed.
+        options: As for `evaluate`: limit, batch_size, data, decoding, system, seed.
 
     Returns:
         What the JSON file holds and `report` and `draw` show: ``environment``, ``run``, ``task`` and ``points``.
@@ -128,7 +129,7 @@ def sweep(
         results.append(found)
     say("measuring times")
     examples = task.load(data_folder(task, options.get("data"))).examples
-    times = _first_token_times(model, processor, examples, points, repeats)
+    times = _first_token_times(model, processor, examples, points, repeats, options.get("system"))
     everything = results[0][0].tallies
     record = {
         "environment": environment(),
@@ -156,7 +157,7 @@ def _scores(task: Task, runs: Sequence[Tallies], everything: Tallies, seed: int)
     mean = Tallies.mean(runs)
     return {
         "scores": _plain(scored(task, mean, seed=seed)),
-        "differences": _plain(differences(task, everything, mean, seed=seed)),
+        "differences": _plain(differences(task, *everything.comparable(mean), seed=seed)),
     }
 
 
@@ -170,31 +171,42 @@ def _first_token_times(
     examples: Sequence[Example],
     points: Sequence[Point],
     repeats: int,
+    system: str | None,
 ) -> list[tuple[float, dict[str, float]]]:
     """Of each point, the median number of visual tokens, and the milliseconds to the first token."""
     clock = clock_of(model.device)
 
     def run(point: Point, inputs: BatchFeature) -> tuple[float, int]:
         with mv.using(model, *point.runs[0]), torch.inference_mode():
-            kept, _ = prompt_lengths(model, inputs)
-            return 1e3 * measure_steps(model, inputs, DECODED, clock).first_token, kept
+            encoded = encode_images(model, model.vision_slots, image_inputs(model, inputs))
+            tokens = sum(len(image.features) for image in encoded)
+            return 1e3 * measure_steps(model, inputs, DECODED, clock).first_token, tokens
 
-    turns = []
-    for number in range(WARMUPS + repeats):
-        example = examples[number * len(examples) // (WARMUPS + repeats)]
-        inputs = processor(
-            images=[load() for load in example.images],
-            text=prompt_for(processor, example.question, len(example.images)),
-            return_tensors="pt",
-        ).to(model.device, model.dtype)
-        turns.append([run(point, inputs) for point in points])
+    turns: list[list[tuple[float, int]]] = []
+    for inputs in _inputs(processor, examples, WARMUPS + repeats, system):
+        turns.append([run(point, inputs.to(model.device, model.dtype)) for point in points])
+    counted = turns[WARMUPS:] or turns
+    if not counted:
+        raise ValueError("a sweep measures what pictures cost, and no question here has one that can be read")
     found = []
-    for column in zip(*turns[WARMUPS:], strict=True):
+    for column in zip(*counted, strict=True):
         times, kept = zip(*column, strict=True)
         spread = {"median": statistics.median(times), "min": min(times), "max": max(times)}
-        ratios = [time / turn[0][0] for time, turn in zip(times, turns[WARMUPS:], strict=True)]
+        ratios = [time / turn[0][0] for time, turn in zip(times, counted, strict=True)]
         found.append((statistics.median(kept), {**spread, "ratio": statistics.median(ratios)}))
     return found
+
+
+def _inputs(
+    processor: ProcessorMixin, examples: Sequence[Example], most: int, system: str | None
+) -> Iterator[BatchFeature]:
+    """Questions with pictures, spread over the task; what cannot be read has been reported and is passed over."""
+    for example in examples[:: max(1, len(examples) // most)][:most]:
+        with suppress(ValueError, OSError):
+            pictures = [load() for load in example.images]
+            if pictures:
+                prompt = prompt_for(processor, example.question, len(pictures), system)
+                yield inputs_for(processor, [prompt], [pictures])
 
 
 def label(method: str, keep: float | int | None) -> str:
@@ -253,7 +265,7 @@ def draw(record: dict[str, Any], path: str | Path) -> None:
     )
     for axes, place in zip(panels, places, strict=True):
         for method in dict.fromkeys(point["method"] for point in points):
-            mine = sorted((point for point in points if point["method"] == method), key=place)
+            mine = [point for point in points if point["method"] == method]
             scores = [point["scores"][group][headline] for point in mine]
             values = [score["value"] for score in scores]
             below = [score["value"] - score["low"] for score in scores]

@@ -82,6 +82,7 @@ class Task(Settings, ABC):
         paper: Its source.
         data: Its data set on the hub; None if it has none.
         max_new_tokens: Longest answer.
+        columns: Of its data set, and so of a local copy, in words.
         reads_data: Whether there are data to read; not where a task makes its own.
         headline: (group, score) of the one number to quote.
         resumable: Options in which a run may differ from the one whose answers it goes on with: those that choose
@@ -91,6 +92,7 @@ class Task(Settings, ABC):
     name: ClassVar[str]
     paper: ClassVar[str]
     data: ClassVar[HubData | None] = None
+    columns: ClassVar[str] = ""
     reads_data: ClassVar[bool] = True
     max_new_tokens: ClassVar[int] = 16
     headline: ClassVar[tuple[str, str]] = (ALL, "accuracy")
@@ -171,8 +173,15 @@ def parse_tasks(specs: str | Sequence[str | Task]) -> list[Task]:
         ValueError: a task that nobody knows, or one that is asked for twice; the message lists those that exist.
     """
     named: dict[str, Task] = {}
-    for spec in specs.split(",") if isinstance(specs, str) else specs:
+    given = [part for part in specs.split(",") if part.strip()] if isinstance(specs, str) else specs
+    if not isinstance(given, Sequence) or not given:
+        raise ValueError(f"give a task or several, as pope,gqa, got {specs!r}; the tasks are {_names()}")
+    for spec in given:
+        if not isinstance(spec, str | Task):
+            raise ValueError(f"a task is a name with options or an instance, as POPE(), got {spec!r}")
         task = spec if isinstance(spec, Task) else _parse_task(spec)
+        if not hasattr(task, "name"):
+            raise ValueError(f"{type(task).__name__} has no name; give it one: class ...(Task, name=...)")
         if task.name in named:
             raise ValueError(f"{task.name} is asked for twice; a run holds one result of each task")
         named[task.name] = task
@@ -187,8 +196,13 @@ def task_class(name: str) -> type[Task]:
     """
     _discover()
     if name not in _TASKS:
-        raise ValueError(f"unknown task {name!r}; the tasks are {', '.join(sorted(_TASKS))}")
+        raise ValueError(f"unknown task {name!r}; the tasks are {_names()}")
     return _TASKS[name]
+
+
+def _names() -> str:
+    _discover()
+    return ", ".join(sorted(_TASKS))
 
 
 def _parse_task(spec: str) -> Task:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 
 from mllm_vision.auto import slotted_config
-from mllm_vision.encoding import encode_images
+from mllm_vision.encoding import encode_images, image_inputs
 from mllm_vision.host import SLOTTED_PREFIX, adapter_for, adapters
 from mllm_vision.registry import MethodConfig
 from mllm_vision.slots import Slots, restored, stored
@@ -146,7 +146,7 @@ def inspect_tokens(model: nn.Module, **inputs: Any) -> list[KeptTokens]:
     """
     host = find_host(model)
     adapter = adapter_for(host.config)
-    images = {name: inputs[name] for name in adapter.image_inputs if inputs.get(name) is not None}
+    images = image_inputs(host, inputs)
     if adapter.image_inputs[0] not in images:
         raise ValueError(f"there is no image in the inputs: {adapter.image_inputs[0]} is missing")
     slots = host.vision_slots if isinstance(host, SlottedModel) else Slots([], host.config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from enum import Enum
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -163,7 +164,8 @@ def evaluate(
     device: Device = "auto",
     dtype: Precision = Dtype.auto,
     compare: Annotated[
-        tuple[Path, Path] | None, typer.Option(help="No model: the paired differences of two results.json.")
+        tuple[Path, Path] | None,
+        typer.Option(help="No model: the paired differences of two results.json, or of their folders."),
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -173,20 +175,24 @@ def evaluate(
     from mllm_vision.eval import Decoding, Evaluation
     from mllm_vision.eval import compare as compared
     from mllm_vision.eval import evaluate as evaluated
+    from mllm_vision.eval.journal import check_folder
 
     if (model is None) == (compare is None):
         raise typer.BadParameter("give either a model or --compare A.json B.json")
     console = Console()
     if compare is not None:
         before, after = compare
-        console.print(compared(Evaluation.load(before), Evaluation.load(after), (str(before), str(after)), seed=seed))
+        found = compared(Evaluation.load(before), Evaluation.load(after), (str(before), str(after)), seed=seed)
+        console.print(found)
+        if out is not None:
+            check_folder(out)
+            (out / "comparison.json").write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
         return
     assert model is not None
     from accelerate import PartialState
 
     import mllm_vision as mv
     from mllm_vision.eval.evaluation import data_folder
-    from mllm_vision.eval.journal import check_folder
     from mllm_vision.eval.task import parse_tasks
 
     methods = _methods(reduce, keep, settings, decode)
@@ -200,7 +206,7 @@ def evaluate(
     )
     asked = parse_tasks(tasks)
     _check_device(device)
-    for folder in filter(None, (data_folder(task, data) for task in asked)):
+    for folder in filter(None, [data, *(data_folder(task, data) for task in asked)]):
         if not folder.is_dir():
             raise typer.BadParameter(f"{folder} is no folder; --data has a folder for each task, named as the task")
     if out is not None:
@@ -277,19 +283,34 @@ def sweep(
             limit=limit,
             batch_size=batch_size,
         )
-        sweeping.draw(record, out / sweeping.PICTURE)
     console.print(sweeping.report(record))
-    typer.echo(f"Picture: {out / sweeping.PICTURE}")
+    if find_spec("matplotlib") is None:
+        typer.echo(f'Results: {out}; no picture without matplotlib: pip install "mllm-vision[viz]"')
+    else:
+        sweeping.draw(record, out / sweeping.PICTURE)
+        typer.echo(f"Picture: {out / sweeping.PICTURE}")
 
 
 @app.command()
-def tasks() -> None:
-    """List every benchmark that is installed, with its data and its options."""
+def tasks(name: Annotated[str | None, typer.Argument(help="Of one task, to read all about it.")] = None) -> None:
+    """List every benchmark that is installed, with its data and its options, or tell all about one."""
+    import inspect
+    import sys
+
     from rich.console import Console
     from rich.table import Table
 
     from mllm_vision.eval import list_tasks
+    from mllm_vision.eval.task import task_class
 
+    if name is not None:
+        task = task_class(name)
+        about = [inspect.getdoc(sys.modules[task.__module__]), inspect.getdoc(task)]
+        if task.columns:
+            place = f"A local copy, --data DIR, is DIR/{task.name} with JSONL files and images/."
+            about.append(f"{place} Its columns:\n{task.columns}")
+        typer.echo("\n\n".join(text for text in about if text))
+        return
     table = Table("task", "source", "data", "options")
     for task in list_tasks():
         hub = task.data
@@ -401,6 +422,8 @@ def bench(
         raise typer.BadParameter(f"{out} exists; add --overwrite to replace it")
     if plot is not None:
         _check_picture(plot, overwrite)
+        if find_spec("matplotlib") is None:
+            raise typer.BadParameter('--plot draws with matplotlib, which is not there: pip install "mllm-vision[viz]"')
     _check_device(device)
     source: BenchSource
     if shape is None:

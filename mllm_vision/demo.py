@@ -22,7 +22,7 @@ from rich.table import Table
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 import mllm_vision as mv
-from mllm_vision.eval.answers import answer, prompt_for
+from mllm_vision.eval.answers import answer, inputs_for, prompt_for
 from mllm_vision.eval.environment import environment
 from mllm_vision.eval.measurement import Clock, Steps, measure_steps
 from mllm_vision.eval.tasks.scenes import Scenes
@@ -117,7 +117,7 @@ def run_demo(
         say(f"{name}: answering {n} questions")
         with mv.using(host, *methods):
             answers = answer_questions(host, processor, asked)
-            (kept,) = mv.inspect_tokens(host, **inputs_for(processor, asked[0]))
+            (kept,) = mv.inspect_tokens(host, **inputs_of(processor, asked[0]))
         right = sum(answer == question.answer for (_, question), answer in zip(asked, answers, strict=True))
         stored = [method.to_dict() for method in methods]
         results.append(MethodResult(name, stored, len(kept.patch_index), *times[name], answers, right))
@@ -150,14 +150,15 @@ def answer_questions(host: PreTrainedModel, processor: ProcessorMixin, asked: Se
         prompts = [prompt_for(processor, question.text, 1) for _, question in batch]
         pictures = [[render(scene)] for scene, _ in batch]
         ids = [str(start + i) for i in range(len(batch))]
-        answers += answer(host, processor, prompts, pictures, ids, max_new_tokens=Scenes.max_new_tokens)
+        inputs = inputs_for(processor, prompts, pictures)
+        answers += answer(host, processor, inputs, ids, max_new_tokens=Scenes.max_new_tokens)
     return [said.lower().removesuffix(".") for said in answers]
 
 
-def inputs_for(processor: ProcessorMixin, asked: Asked) -> BatchFeature:
+def inputs_of(processor: ProcessorMixin, asked: Asked) -> BatchFeature:
     """What the processor makes of one question."""
     scene, question = asked
-    return processor(images=[render(scene)], text=prompt_for(processor, question.text, 1), return_tensors="pt")
+    return inputs_for(processor, [prompt_for(processor, question.text, 1)], [[render(scene)]])
 
 
 def measure(
@@ -166,7 +167,7 @@ def measure(
     """Milliseconds of encode, prefill and decode by method: medians of ``rounds``, of which each asks all methods."""
     taken: dict[str, list[Steps]] = {name: [] for name in METHODS}
     for i in range(WARMUPS + rounds):
-        inputs = inputs_for(processor, asked[i % len(asked)])
+        inputs = inputs_of(processor, asked[i % len(asked)])
         for name, methods in METHODS.items():
             with mv.using(host, *methods), torch.inference_mode():
                 taken[name].append(measure_steps(host, inputs, DECODED, Clock()))
@@ -201,7 +202,7 @@ def draw(
     rows = []
     for i in pictured(asked):
         scene, question = asked[i]
-        inputs = inputs_for(processor, asked[i])
+        inputs = inputs_of(processor, asked[i])
         (tile,) = tile_pictures(render(scene), 0, inputs, processor.image_processor)
         cells: list[SheetCell] = []
         for result, methods in zip(results, METHODS.values(), strict=True):

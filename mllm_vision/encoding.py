@@ -5,7 +5,7 @@ Shapes: image i has P_i patches on the grid it is seen on, S_i placeholders, n_i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,12 @@ def encode_images(model: PreTrainedModel, slots: Slots, images: dict[str, Any]) 
         for row, i in enumerate(members):
             out[i] = _in_prompt(tokens.image(row), places[i], encoded[i], layouts[i])
     return [out[i] for i in range(len(layouts))]
+
+
+def image_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a model's ``inputs`` that describe images."""
+    names = adapter_for(model.config).image_inputs
+    return {name: inputs[name] for name in names if name in inputs and inputs[name] is not None}
 
 
 def _on_patches(features: Sequence[Tensor], place: Tensor, grid: tuple[int, int]) -> VisualTokens:

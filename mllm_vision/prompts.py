@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import ProcessorMixin
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 IMAGE_MARK = "<image>"
 """Where an image stands in a question. A question without marks has its images first."""
@@ -54,6 +54,14 @@ def write_prompt(processor: ProcessorMixin, parts: list[dict[str, str]], system:
         prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
         if system is not None and system not in prompt:
             raise ValueError("the chat template of this model has no place for a system prompt; leave it out")
-        return prompt
+        return _without_bos(processor.tokenizer, prompt)
     written = [part["text"] if part["type"] == "text" else f"{processor.image_token}\n" for part in parts]
     return f"{'' if system is None else system + ' '}USER: {''.join(written)} ASSISTANT:"
+
+
+def _without_bos(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """The prompt without the BOS token that a template wrote, where the tokenizer writes one of its own."""
+    bos = tokenizer.bos_token
+    if bos and prompt.startswith(bos) and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:
+        return prompt.removeprefix(bos)
+    return prompt

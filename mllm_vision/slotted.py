@@ -18,7 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mllm_vision.auto import slotted_config
-from mllm_vision.encoding import encode_images
+from mllm_vision.encoding import encode_images, image_inputs
 from mllm_vision.host import Adapter, adapter_for, adapters
 from mllm_vision.placeholders import PAD_VALUES, fit_columns
 from mllm_vision.slots import Slots, restored
@@ -109,7 +109,7 @@ class SlottedModel(PreTrainedModel, GenerationMixin):
         if not self._reduces(inputs):
             return inputs
         adapter = adapter_for(self.config)
-        images = {name: inputs[name] for name in adapter.image_inputs if inputs.get(name) is not None}
+        images = image_inputs(self, inputs)
         if inputs.get("pixel_values_videos") is not None:
             raise ValueError("images and videos in one call are not supported with methods plugged in; split the call")
         ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")

@@ -171,13 +171,13 @@ def test_eval_scores_a_model_and_compares_two_runs(tmp_path):
         result = run("eval", "tiny-llava-scenes", *task, "--out", tmp_path / folder, *reduce)
         assert result.exit_code == 0, result.output
     assert "existence_adversarial" in result.stdout
-    assert "hiprune:keep=0.1111111111111111, float32, greedy, seed 0" in result.stdout
+    assert "hiprune:keep=0.1111111111111111, float32, greedy" in result.stdout
     assert len((tmp_path / "few" / "scenes.jsonl").read_text().splitlines()) == 1 + 5 + 3  # existence asks 1 + 3 + 1
     compared = run("eval", "--compare", *(tmp_path / folder / "results.json" for folder in ("all", "few")))
     assert compared.exit_code == 0, compared.output
-    assert "paired bootstrap intervals" in compared.stdout
+    assert "paired bootstrap" in compared.stdout
     refused = run("eval", "tiny-llava-scenes", *task, "--out", tmp_path / "all", "--temperature", "1")
-    assert "has answers of another run: decoding was" in error_of(refused)
+    assert "has results of another run: decoding.temperature was 0.0 and is 1.0" in error_of(refused)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_eval_scores_a_model_and_compares_two_runs(tmp_path):
         ((NOWHERE, "--tasks", "pope:parser=mine"), "parser must be one of"),
         (
             (NOWHERE, "--tasks", "pope", "--data", "/nowhere"),
-            "/nowhere/pope is no folder; --data has a folder for each",
+            "/nowhere is no folder; --data has a folder for each",
         ),
         ((NOWHERE, "--reduce", "hiprune"), "hiprune needs keep"),
         ((NOWHERE, "--decode", "hiprune:keep=3"), "hiprune is a method of kind reducer, not decoding"),

@@ -47,7 +47,32 @@ def score_rows():
         yield f"| {family.replace('_', ', ')} | {score['n']} | {score['accuracy']:.3f} | {f1} |"
 
 
-@pytest.mark.parametrize("rows", [demo_rows, overhead_rows, score_rows])
+def sweep_rows():
+    """A method a row, a budget a column: what is lost of the mean of families, with its interval."""
+    points = read(RESULTS / "sweep.json")["points"]
+    for method in dict.fromkeys(point["method"] for point in points[1:]):
+        lost = [p["differences"]["mean of families"]["accuracy"] for p in points if p["method"] == method]
+        yield (
+            f"| {method} | " + " | ".join(f"{x['value']:+.3f} ({x['low']:+.3f}, {x['high']:+.3f})" for x in lost) + " |"
+        )
+
+
+def family_rows():
+    """All tokens and every method at a third of them, by family."""
+    points = read(RESULTS / "sweep.json")["points"]
+    families = {"existence_adversarial": "f1", **dict.fromkeys(("count", "colour", "relation", "reading"), "accuracy")}
+    for point in points:
+        if point["keep"] in (None, 1 / 3):
+            scores = [point["scores"][family][name] for family, name in families.items()]
+            name = "all tokens" if point["keep"] is None else f"{point['method']} 1/3"
+            yield (
+                f"| {name} | "
+                + " | ".join(f"{x['value']:.3f} ({x['low']:.3f}, {x['high']:.3f})" for x in scores)
+                + " |"
+            )
+
+
+@pytest.mark.parametrize("rows", [demo_rows, overhead_rows, score_rows, sweep_rows, family_rows])
 def test_tables_are_those_of_the_result_files(rows):
     expected = "\n".join(rows())
     assert expected in README.read_text(encoding="utf-8"), f"the README should say\n{expected}"

@@ -25,6 +25,7 @@ class AI2D(MultipleChoice, name="ai2d", paper="arXiv 1603.07396"):
     """Questions about diagrams."""
 
     data = HubData("lmms-lab/ai2d", split="test")
+    columns = "question, options (texts), answer (index or letter of the right one), image"
 
     def examples(self, row: Row) -> Iterable[Example]:
         options = row.texts("options")

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from mllm_vision.eval.data import IMAGE_FOLDER, Row, file_rows
 from mllm_vision.eval.metrics.chair import chair_scores, chair_tally, ground_truth, mentions
+from mllm_vision.eval.metrics.ratio import ratio
 from mllm_vision.eval.task import ALL, Example, Sums, Tally, Task
 
 __all__ = ["CHAIR"]
@@ -29,7 +30,9 @@ _PROMPTS = {"detailed": "Please describe this image in detail.", "short": "Gener
 
 @dataclass(kw_only=True)
 class CHAIR(Task, name="chair", paper="arXiv 1809.02156"):
-    """Objects in descriptions that are not in the image.
+    """Objects in descriptions that are not in the image; how many objects and words there are in a description.
+
+    Who says little is seldom wrong: the first scores mean something only beside recall and the length.
 
     Args:
         images: How many.
@@ -57,7 +60,9 @@ class CHAIR(Task, name="chair", paper="arXiv 1809.02156"):
             raise ValueError(f"{data} lacks {', '.join(missing)}; chair needs COCO val2014, images and annotations")
         present = ground_truth(instances, captions)
         if self.images > len(present):
-            raise ValueError(f"images must be at most {len(present)}, as many as {data} has, got {self.images}")
+            raise ValueError(
+                f"{data} has {len(present)} images, fewer than {self.images}; ask chair:images={len(present)}"
+            )
         drawn = sorted(random.Random(f"chair-{self.seed}").sample(sorted(present), self.images))
         values = [{"id": id, "image": f"COCO_val2014_{id:012}.jpg", "present": sorted(present[id])} for id in drawn]
         return file_rows(data, [instances, captions], values)
@@ -72,7 +77,10 @@ class CHAIR(Task, name="chair", paper="arXiv 1809.02156"):
         )
 
     def tally(self, target: list[str], answer: str) -> Tally:
-        return {"n": 1, **chair_tally(mentions(answer), set(target))}
+        return {"n": 1, "words": len(answer.split()), **chair_tally(mentions(answer), set(target))}
 
     def scores(self, sums: Sums) -> dict[str, Any]:
-        return chair_scores(sums)
+        lengths = {
+            name: ratio(sums[count], sums["captions"]) for name, count in (("objects", "mentions"), ("words", "words"))
+        }
+        return {**chair_scores(sums), **lengths}

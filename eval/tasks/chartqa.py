@@ -29,6 +29,7 @@ class ChartQA(Task, name="chartqa", paper="arXiv 2203.10244"):
     """Questions about charts, overall and by who wrote them."""
 
     data = HubData("lmms-lab/ChartQA", split="test")
+    columns = "question, answer, type (human_test or augmented_test), image"
     headline = (OVERALL, "relaxed_accuracy")
 
     def examples(self, row: Row) -> Iterable[Example]:

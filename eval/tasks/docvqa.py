@@ -26,6 +26,7 @@ class DocVQA(Task, name="docvqa", paper="arXiv 2007.00398"):
     """Questions about pages."""
 
     data = HubData("lmms-lab/DocVQA", split="validation", config="DocVQA")
+    columns = "questionId, ucsf_document_id, ucsf_document_page_no, question, answers (texts), image"
     max_new_tokens = 32
     headline = (ALL, "anls")
 

@@ -31,6 +31,7 @@ class GQA(Task, name="gqa", paper="arXiv 1902.09506"):
     data = HubData(
         "lmms-lab/GQA", split="testdev", config="testdev_balanced_instructions", images=(_IMAGES, "id", "imageId")
     )
+    columns = 'id, imageId, question, answer, image; types ({"structural": ...}) if there'
 
     def examples(self, row: Row) -> Iterable[Example]:
         structure = (row.get("types") or {}).get("structural")

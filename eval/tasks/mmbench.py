@@ -40,6 +40,7 @@ class MMBench(MultipleChoice, name="mmbench", paper="arXiv 2307.06281"):
     circular: bool = True
 
     data = HubData("lmms-lab/MMBench", split="dev", config="en")
+    columns = "index, question, A, B, C, D (as many as there are), answer (letter), image; hint, L2-category if there"
 
     def examples(self, row: Row) -> Iterable[Example]:
         index = int(row["index"])

@@ -31,6 +31,7 @@ class MME(Task, name="mme", paper="arXiv 2306.13394"):
     """
 
     data = HubData("lmms-lab/MME", split="test")
+    columns = "question_id (the same for both questions of an image), category, question, answer (Yes or No), image"
     headline = ("perception", "score")
 
     def examples(self, row: Row) -> Iterable[Example]:

@@ -27,12 +27,17 @@ class POPE(Task, name="pope", paper="arXiv 2305.10355"):
     """Polling-based object probing.
 
     Args:
-        parser: How an answer is read; `PARSERS` of `mllm_vision.eval.metrics.yes_no`.
+        parser: Who reads the answers, of `PARSERS` in `mllm_vision.eval.metrics.yes_no`: LLaVA-1.5's evaluation (the
+            default), lmms-eval ("lmms") or DAMRO ("damro").
     """
 
     parser: str = next(iter(PARSERS))
 
     data = HubData("lmms-lab/POPE", split="test")
+    columns = (
+        "question_id, question, answer (yes or no), category (random, popular, adversarial), image; as in "
+        "POPE's own files, text and label, image, and the category at the end of the file's name"
+    )
     headline = ("adversarial", "f1")
     resumable = ("parser",)
 

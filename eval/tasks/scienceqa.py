@@ -25,6 +25,7 @@ class ScienceQA(MultipleChoice, name="scienceqa", paper="arXiv 2209.09513"):
     """Science questions with an image, in all and by subject."""
 
     data = HubData("lmms-lab/ScienceQA", split="test", config="ScienceQA-IMG")
+    columns = "question, choices (texts), answer (index), image; hint, subject if there"
 
     def examples(self, row: Row) -> Iterable[Example]:
         hint, options = row.get("hint"), row.texts("choices")

@@ -36,6 +36,10 @@ class SEED(MultipleChoice, name="seed", paper="arXiv 2307.16125"):
     """Questions about images, in all and by dimension."""
 
     data = HubData("lmms-lab/SEED-Bench", split="test")
+    columns = (
+        "question_id, data_id, data_type (image), question_type_id, question, choice_a to choice_d, answer "
+        "(letter), image"
+    )
 
     def examples(self, row: Row) -> Iterable[Example]:
         if row["data_type"] != "image":

@@ -33,6 +33,7 @@ class TextVQA(Task, name="textvqa", paper="arXiv 1904.08920"):
     ocr: bool = True
 
     data = HubData("lmms-lab/textvqa", split="validation")
+    columns = "question_id, image_id, question, ocr_tokens (texts), answers (texts), image"
 
     def examples(self, row: Row) -> Iterable[Example]:
         lines = [row.text("question").capitalize()]

@@ -36,6 +36,7 @@ class VizWiz(Task, name="vizwiz", paper="arXiv 1802.08218"):
     reading: Literal["challenge", "lmms"] = "challenge"
 
     data = HubData("lmms-lab/VizWiz-VQA", split="val")
+    columns = "question_id, question, answers (texts), image; category if there"
     resumable = ("reading",)
 
     def examples(self, row: Row) -> Iterable[Example]:

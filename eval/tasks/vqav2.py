@@ -34,6 +34,7 @@ class VQAv2(Task, name="vqav2", paper="arXiv 1612.00837"):
     reading: Literal["challenge", "lmms"] = "challenge"
 
     data = HubData("lmms-lab/VQAv2", split="validation")
+    columns = 'question_id, image_id, question, answer_type, answers ([{"answer": ...}, ...]), image'
     resumable = ("reading",)
 
     def examples(self, row: Row) -> Iterable[Example]:

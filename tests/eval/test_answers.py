@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import mllm_vision as mv
-from mllm_vision.eval.answers import Decoding, RowNoise, answer, prompt_for
+from mllm_vision.eval.answers import Decoding, RowNoise, answer, inputs_for, prompt_for
 from mllm_vision.eval.tasks.scenes import Scenes
 
 
@@ -28,9 +28,8 @@ def ask(loaded, examples, batch_size, **options):
         prompts = [prompt_for(processor, example.question, 1) for example in batch]
         pictures = [[load() for load in example.images] for example in batch]
         ids = [example.id for example in batch]
-        said |= dict(
-            zip(ids, answer(model, processor, prompts, pictures, ids, max_new_tokens=6, **options), strict=True)
-        )
+        inputs = inputs_for(processor, prompts, pictures)
+        said |= dict(zip(ids, answer(model, processor, inputs, ids, max_new_tokens=6, **options), strict=True))
     return said
 
 

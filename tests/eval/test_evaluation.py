@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 from PIL import Image
+from transformers import GenerationConfig
 
 import mllm_vision as mv
-from mllm_vision.eval import Decoding, Evaluation, evaluate, evaluation
+from mllm_vision.eval import Decoding, Evaluation, asking, evaluate
 from mllm_vision.eval.metrics.ratio import ratio
 from mllm_vision.eval.task import Example, Task
 from mllm_vision.eval.tasks.scenes import Scenes
@@ -96,7 +97,7 @@ def test_two_processes_give_the_same(unbroken, tmp_path):
 
 def test_interrupted_at_every_batch_and_resumed_equals_unbroken(loaded, unbroken, tmp_path, monkeypatch):
     """Each time one batch is answered, then the run stops and leaves half a line behind."""
-    original, file = evaluation.answer, tmp_path / "scenes.jsonl"
+    original, file = asking.answer, tmp_path / "scenes.jsonl"
     total = unbroken[1].tasks["scenes"].questions
     for run in range(1, 1 + total // 5):
         calls = []
@@ -107,13 +108,13 @@ def test_interrupted_at_every_batch_and_resumed_equals_unbroken(loaded, unbroken
                 raise KeyboardInterrupt
             return original(*args, **kwargs)
 
-        monkeypatch.setattr(evaluation, "answer", once)
+        monkeypatch.setattr(asking, "answer", once)
         with pytest.raises(KeyboardInterrupt):
             evaluate(*loaded, TASK, out=tmp_path, batch_size=5)
         assert len(lines(file)) == 1 + 5 * run
         with file.open("a") as out:
             out.write('{"id": "colour-col')
-    monkeypatch.setattr(evaluation, "answer", original)
+    monkeypatch.setattr(asking, "answer", original)
     assert scores(evaluate(*loaded, TASK, out=tmp_path, batch_size=5)) == scores(unbroken[1])
     assert lines(file)[1:] == lines(unbroken[0] / "scenes.jsonl")[1:]
 
@@ -147,9 +148,9 @@ def test_what_is_answered_is_not_asked_again(loaded, unbroken, tmp_path, monkeyp
     first = evaluate(*loaded, TASK, out=tmp_path, limit=7)
     asked = []
     monkeypatch.setattr(
-        evaluation,
+        asking,
         "answer",
-        lambda *args, _answer=evaluation.answer, **kw: asked.append(args[4]) or _answer(*args, **kw),
+        lambda *args, _answer=asking.answer, **kw: asked.append(args[3]) or _answer(*args, **kw),
     )
     again = evaluate(*loaded, TASK, out=tmp_path)
     assert scores(again) == scores(unbroken[1])
@@ -168,11 +169,13 @@ def test_other_settings_are_refused_in_the_same_folder(loaded, tmp_path):
     evaluate(*loaded, TASK, out=tmp_path, limit=3)
     model, processor = loaded
     with mv.using(model, HiPruneConfig(keep=9)):
-        with pytest.raises(ValueError, match=r"answers of another run: methods was \[\] and is \[\{'type': 'hiprune'"):
+        with pytest.raises(ValueError, match=r"results of another run: methods was \[\] and is \[\{'type': 'hiprune'"):
             evaluate(model, processor, TASK, out=tmp_path, limit=3)
         found = evaluate(model, processor, TASK, out=tmp_path, limit=3, overwrite=True)
     assert found.run["methods"] == [{"type": "hiprune", "keep": 9}]
-    with pytest.raises(ValueError, match="decoding was"):
+    with pytest.raises(
+        ValueError, match=r"methods was .*; decoding.temperature was 0.0 and is 1.0; decoding.seed was None and is 0"
+    ):
         evaluate(model, processor, TASK, out=tmp_path, limit=3, decoding=Decoding(temperature=1.0))
 
 
@@ -243,17 +246,17 @@ def test_a_limit_takes_whole_units_and_is_the_same_every_time(loaded, local):
 def test_a_batch_that_is_too_large_for_the_memory_is_halved(loaded, unbroken, monkeypatch):
     sizes = []
 
-    def small(model, processor, prompts, *args, _answer=evaluation.answer, **kwargs):
-        sizes.append(len(prompts))
-        if len(prompts) > 3:
+    def small(model, processor, inputs, ids, _answer=asking.answer, **kwargs):
+        sizes.append(len(ids))
+        if len(ids) > 3:
             raise torch.OutOfMemoryError
-        return _answer(model, processor, prompts, *args, **kwargs)
+        return _answer(model, processor, inputs, ids, **kwargs)
 
-    monkeypatch.setattr(evaluation, "answer", small)
+    monkeypatch.setattr(asking, "answer", small)
     assert scores(evaluate(*loaded, TASK, batch_size=8)) == scores(unbroken[1])
     assert sizes[:7] == [8, 4, 2, 2, 4, 2, 2]
 
-    monkeypatch.setattr(evaluation, "answer", lambda *args, **kwargs: (_ for _ in ()).throw(torch.OutOfMemoryError))
+    monkeypatch.setattr(asking, "answer", lambda *args, **kwargs: (_ for _ in ()).throw(torch.OutOfMemoryError))
     with pytest.raises(torch.OutOfMemoryError):
         evaluate(*loaded, TASK, limit=2)
 
@@ -290,3 +293,99 @@ def test_a_system_prompt_begins_every_prompt_and_is_reported(loaded, local, tmp_
     assert found.tasks["local"].prompt.startswith("SYSTEM: there is a red star. USER: <image>")
     with pytest.raises(ValueError, match=r"system was 'there is a red star.' and is None"):
         evaluate(*loaded, Local(), data=local.parent, out=tmp_path / "out")
+
+
+def test_weights_that_have_changed_are_another_run(tmp_path):
+    model, processor = mv.load("tiny-llava-scenes")
+    evaluate(model, processor, TASK, out=tmp_path, limit=2)
+    with torch.no_grad():
+        model.model.multi_modal_projector.linear_1.weight += 0.01
+    with pytest.raises(
+        ValueError, match=r"results of another run: weights was '\w{16}' and is '\w{16}'; choose another"
+    ):
+        evaluate(model, processor, TASK, out=tmp_path, limit=2)
+
+
+def test_a_second_task_in_the_same_folder_joins_the_first(loaded, local, tmp_path):
+    evaluate(*loaded, "scenes:questions=2:families=colour", out=tmp_path / "out")
+    evaluate(*loaded, Local(), data=local.parent, out=tmp_path / "out")
+    stored = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert list(stored["tasks"]) == ["scenes", "local"]
+
+
+def test_what_a_processor_cannot_take_is_a_fault_of_its_question(loaded, local, monkeypatch):
+    """An empty question, marks that are not as many as the pictures, half a character, a reader that breaks."""
+    rows = [json.loads(line) for line in (local / "rows.jsonl").read_text().splitlines()]
+    for number, text in enumerate(("", "is <image> like <image>?", "\ud83d?")):
+        rows[2 * number]["text"] = text
+    (local / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = evaluate(*loaded, Local(), data=local.parent, batch_size=5).tasks["local"]
+    assert found.questions == 9
+    assert list(found.faults) == ["0", "2", "4"]
+    assert "the question is empty" in found.faults["0"]
+    assert "2 <image> marks for 1 images" in found.faults["2"]
+
+
+def test_a_task_that_cannot_be_asked_leaves_the_others_their_results(loaded, local):
+    for image in (local / "images").iterdir():
+        image.write_bytes(b"no picture")
+    found = evaluate(*loaded, [Local(), "scenes:questions=2:families=colour"], data={"local": local})
+    assert (found.tasks["local"].questions, len(found.tasks["local"].faults)) == (0, 12)
+    assert found.tasks["local"].scores == {}
+    assert found.tasks["scenes"].questions == 2
+    with pytest.raises(ValueError, match="local is quoted by all, accuracy, and no such question was asked"):
+        found.tasks["local"].headline  # noqa: B018
+    assert "12 of 12 could not be asked" in str(found)
+
+
+def test_arguments_that_are_a_matter_of_decoding_are_refused(loaded):
+    for name, value in (("temperature", 0.7), ("do_sample", True), ("max_new_tokens", 4)):
+        with pytest.raises(ValueError, match=rf"{name} cannot be passed on; say how to answer by decoding=Decoding"):
+            evaluate(*loaded, TASK, **{name: value})
+    with pytest.raises(ValueError, match=r"decoding must be a Decoding, as Decoding\(temperature=1.0\), got \{"):
+        evaluate(*loaded, TASK, decoding={"temperature": 1})
+    with pytest.raises(ValueError, match="stopping_criteria cannot be written down"):
+        evaluate(*loaded, TASK, limit=1, stopping_criteria=[object()])
+
+
+def test_a_generation_config_is_reported_by_what_it_says(loaded):
+    found = evaluate(*loaded, TASK, limit=1, repetition_penalty=1.3)
+    assert found.run["generate"] == {"repetition_penalty": 1.3}
+    given = GenerationConfig(repetition_penalty=1.3)
+    assert evaluate(*loaded, TASK, limit=1, generation_config=given).run["generate"] == {
+        "generation_config": {"repetition_penalty": 1.3}
+    }
+
+
+def test_parts_that_are_frozen_stay_in_their_mode(loaded):
+    model, processor = loaded
+    model.train()
+    model.model.vision_tower.eval()
+    evaluate(model, processor, TASK, limit=1)
+    assert not model.model.vision_tower.training
+    assert model.model.language_model.training
+    model.eval()
+
+
+def test_machines_that_share_no_folder_go_on_together(unbroken, tmp_path):
+    """Two processes, each with a folder of its own, of which each knows its own answers only."""
+    (tmp_path / "run.py").write_text(
+        """
+import os, sys, mllm_vision as mv
+from mllm_vision.eval import asking, evaluate
+calls, original, (task, out, stop) = [], asking.answer, sys.argv[1:]
+def answer(*args, **kwargs):
+    calls.append(1)
+    return os._exit(1) if len(calls) == int(stop) else original(*args, **kwargs)
+asking.answer = answer
+evaluate(*mv.load("tiny-llava-scenes"), task, out=out + os.environ["RANK"], batch_size=3)
+"""
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(tmp_path / "run.py"), TASK, str(tmp_path / "out")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for stop, ends_well in (("2", False), ("0", True)):
+        done = subprocess.run([*command, stop], capture_output=True, env=environment, timeout=120)
+        assert (done.returncode == 0) == ends_well, done.stderr
+    assert not (tmp_path / "out1" / "results.json").exists()
+    assert scores(Evaluation.load(tmp_path / "out0" / "results.json")) == scores(unbroken[1])

@@ -140,3 +140,41 @@ def test_tallies_survive_storage_and_can_be_cut_to_some_units():
 
 def test_as_many_resamples_as_the_report_says():
     assert sum(len(rows) for rows in scores._draws(5, 0)) == RESAMPLES == 2000
+
+
+def test_draws_without_the_group_say_nothing_of_it():
+    """Three units of three hundred, all right: no draw makes a wrong answer of an absent one."""
+    pairs = [
+        (
+            Example(
+                id=f"{i}", question="?", images=[], target="yes", groups=("rare" if i < 3 else "even",), unit=f"u{i}"
+            ),
+            "yes",
+        )
+        for i in range(300)
+    ]
+    found = scored(Polled(), Tallies.of(Polled(), pairs))
+    assert found["rare"]["accuracy"] == Score(1, 1, 1)
+    assert found["sum"]["accuracy"] == Score(2, 2, 2)
+
+
+def test_only_what_both_answered_is_compared():
+    """Four pictures of one run could not be read, each with one of two questions: what is left is the same."""
+    whole = answered(40, questions=2)
+    broken = [pair for pair in whole if pair[0].id not in ("0/0", "2/0", "5/1", "7/1")]
+    before, after = (Tallies.of(Polled(), pairs) for pairs in (whole, broken))
+    first, second = before.comparable(after)
+    assert len(first.units) == len(second.units) == 36
+    assert first.answers == second.answers == 72
+    for row in differences(Polled(), first, second).values():
+        assert set(row.values()) == {Score(0, 0, 0)}
+
+
+def test_a_summary_is_compared_over_the_groups_of_both():
+    whole = answered(40)
+    odd = [pair for pair in whole if "odd" in pair[0].groups]
+    first, second = Tallies.of(Polled(), whole).comparable(Tallies.of(Polled(), odd))
+    assert list(first.groups) == list(second.groups) == ["odd"]
+    assert differences(Polled(), first, second)["sum"]["accuracy"] == Score(0, 0, 0)
+    with pytest.raises(ValueError, match="the two have no answered question in common"):
+        Tallies.of(Polled(), whole[:3]).comparable(Tallies.of(Polled(), whole[3:]))

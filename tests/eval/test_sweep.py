@@ -73,15 +73,15 @@ def test_points_have_their_tokens_scores_and_differences(swept):
 
 
 def test_a_sweep_that_was_cut_off_asks_only_what_is_left(loaded, swept, monkeypatch):
-    from mllm_vision.eval import evaluation
+    from mllm_vision.eval import asking
 
     out, record = swept
     (out / "answers" / "random-keep=9-seed=1" / "scenes.jsonl").unlink()
     asked = []
     monkeypatch.setattr(
-        evaluation,
+        asking,
         "answer",
-        lambda *args, _answer=evaluation.answer, **kw: asked.extend(args[4]) or _answer(*args, **kw),
+        lambda *args, _answer=asking.answer, **kw: asked.extend(args[3]) or _answer(*args, **kw),
     )
     points = sweeping.plan(loaded[0], ["random", "hiprune:alpha=0.2"], [1 / 3, 9], seeds=2)
     again = sweeping.sweep(*loaded, TASK, points, out, repeats=1, batch_size=8)

@@ -44,7 +44,8 @@ def test_tasks_are_read_from_a_line():
     [
         ("popes", "unknown task 'popes'; the tasks are ai2d, chair"),
         ("pope,pope", "pope is asked for twice"),
-        ("", "a name must come first"),
+        ("", "give a task or several, as pope,gqa, got ''; the tasks are ai2d"),
+        (":x=1", "a name must come first"),
         ("pope:parse=lmms", "POPE has no field parse; its fields are parser"),
         ("gqa:x=1", "GQA has no field x"),
         ("pope:parser=other", "parser must be one of"),

@@ -262,6 +262,8 @@ def test_pope_reads_the_files_of_its_release(tmp_path):
         {"question_id": 1, "image": "beach.png", "text": "Is there a kite in the image?", "label": "yes"},
         {"question_id": 2, "image": "beach.png", "text": "Is there a bus in the image?", "label": "no"},
     ]
+    for file in folder.glob("*.jsonl"):
+        file.unlink()
     (folder / "coco_pope_popular.json").write_text("\n".join(map(json.dumps, rows)))
     found = made("pope").load(folder)
     assert found.faults == {}
@@ -300,7 +302,7 @@ def test_chair_draws_its_images_by_seed(tmp_path):
 
 def test_chair_needs_every_part_of_its_folder(tmp_path):
     folder = write_folder(tmp_path / "chair", "chair")
-    with pytest.raises(ValueError, match=r"images must be at most 4, as many as .* has, got 500"):
+    with pytest.raises(ValueError, match=r"has 4 images, fewer than 500; ask chair:images=4"):
         task_class("chair")().load(folder)
     (folder / "images" / "COCO_val2014_000000000042.jpg").unlink()
     found = made("chair").load(folder)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -32,6 +33,7 @@ class Processor:
     """As much of a processor as a prompt needs."""
 
     chat_template = TEMPLATE
+    tokenizer = SimpleNamespace(bos_token=None)
 
     def apply_chat_template(self, messages, add_generation_prompt):
         return render_jinja_template(

@@ -68,6 +68,7 @@ def test_odd_captions_mention_nothing(answer):
     [task] = parse_tasks("chair")
     assert task.tally(["person"], answer) == {
         "n": 1,
+        "words": len(answer.split()),
         "captions": 1,
         "hallucinated_captions": 0,
         "mentions": 0,
@@ -264,7 +265,8 @@ def test_chair(tmp_path):
         "391": "A cat and another cat.",  # nothing
     }
     found, n = scores("chair:images=4", tmp_path / "chair", answers)
-    assert found == {"all": {"chair_s": 2 / 4, "chair_i": 3 / 6, "recall": pytest.approx(3 / 5)}}
+    rates = {"chair_s": 2 / 4, "chair_i": 3 / 6, "recall": pytest.approx(3 / 5)}
+    assert found == {"all": {**rates, "objects": 6 / 4, "words": (8 + 2 + 0 + 5) / 4}}
     assert n == {"all": 4}
 
 
