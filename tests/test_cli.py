@@ -9,6 +9,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import mllm_vision as mv
+from mllm_vision import cli
 from mllm_vision.cli import app
 from mllm_vision.prompts import question_parts, write_prompt
 from mllm_vision.reducers import HiPruneConfig
@@ -249,6 +250,24 @@ def test_tasks_lists_every_benchmark_with_its_options():
     assert "questions = 500" in printed
 
 
+def test_tasks_tells_all_about_one():
+    text = run("tasks", "pope").stdout
+    for words in ("arXiv 2305.10355", "parser: Who reads the answers", "is DIR/pope with JSONL files", "question_id"):
+        assert words in text
+    assert "unknown task 'popes'; the tasks are ai2d" in error_of(run("tasks", "popes"))
+
+
+def test_without_matplotlib_a_sweep_has_its_table_and_says_how_to_get_the_picture(tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    task = ("--task", "scenes:questions=2:families=colour", "--methods", "pool", "--keep", "9", "--repeats", 1)
+    result = run("sweep", *task, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "all tokens" in result.stdout
+    assert 'no picture without matplotlib: pip install "mllm-vision[viz]"' in result.stdout
+    assert (tmp_path / "sweep.json").exists()
+    assert 'pip install "mllm-vision[viz]"' in error_of(run("bench", NOWHERE, "--plot", tmp_path / "bench.png"))
+
+
 def test_the_package_runs_as_a_module():
     done = subprocess.run([sys.executable, "-m", "mllm_vision", "--help"], capture_output=True, text=True, check=True)
     assert "eval" in done.stdout
@@ -312,3 +331,13 @@ def test_a_system_prompt_stands_first_where_there_is_a_place_for_it():
     processor.chat_template = "{{ messages[-1]['role'] }}"
     with pytest.raises(ValueError, match="the chat template of this model has no place for a system prompt"):
         write_prompt(processor, parts, "Be brief.")
+
+
+@pytest.mark.parametrize(("name", "written"), [("llava-clip", ""), ("qwen2.5-vl", "<s>")])
+def test_a_bos_token_stands_once_whoever_writes_it(name, written):
+    """The first tokenizer writes one itself, the second leaves that to the template."""
+    processor = HOST[name].build_processor()
+    processor.chat_template = "{{ '<s>' }}USER: What? ASSISTANT:"
+    prompt = write_prompt(processor, question_parts("What?", 1))
+    assert prompt == f"{written}USER: What? ASSISTANT:"
+    assert processor.tokenizer(prompt).input_ids.count(processor.tokenizer.bos_token_id) == 1
