@@ -182,11 +182,11 @@ def evaluate(
     console = Console()
     if compare is not None:
         before, after = compare
-        found = compared(Evaluation.load(before), Evaluation.load(after), (str(before), str(after)), seed=seed)
-        console.print(found)
+        comparison = compared(Evaluation.load(before), Evaluation.load(after), (str(before), str(after)), seed=seed)
+        console.print(comparison)
         if out is not None:
             check_folder(out)
-            (out / "comparison.json").write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
+            (out / "comparison.json").write_text(json.dumps(comparison.to_dict(), indent=1) + "\n", encoding="utf-8")
         return
     assert model is not None
     from accelerate import PartialState
