@@ -47,6 +47,18 @@ def score_rows():
         yield f"| {family.replace('_', ', ')} | {score['n']} | {score['accuracy']:.3f} | {f1} |"
 
 
+def bench_rows():
+    """Milliseconds of each step, and over those of all tokens the ratio of times and, in brackets, that of FLOPs."""
+    for row in read(RESULTS / "bench.json")["rows"]:
+        cells = [
+            f"{1e3 * row['seconds'][step]['median']:.0f}" for step in ("encode", "prefill", "first_token", "decode")
+        ]
+        if row["ratios"] is not None:
+            ratios = row["ratios"].values()
+            cells = [f"{c}: {r['median']:.2f} ({r['flops']:.2f})" for c, r in zip(cells, ratios, strict=True)]
+        yield f"| {row['name']} | {row['visual_tokens']} | {' | '.join(cells)} | {row['memory']['peak'] / 1e3:.2f} |"
+
+
 def sweep_rows():
     """A method a row, a budget a column: what is lost of the mean of families, with its interval."""
     points = read(RESULTS / "sweep.json")["points"]
@@ -72,7 +84,7 @@ def family_rows():
             )
 
 
-@pytest.mark.parametrize("rows", [demo_rows, overhead_rows, score_rows, sweep_rows, family_rows])
+@pytest.mark.parametrize("rows", [demo_rows, overhead_rows, bench_rows, score_rows, sweep_rows, family_rows])
 def test_tables_are_those_of_the_result_files(rows):
     expected = "\n".join(rows())
     assert expected in README.read_text(encoding="utf-8"), f"the README should say\n{expected}"
