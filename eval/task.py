@@ -89,7 +89,7 @@ class Task(Settings, ABC):
             questions or say what answers count for.
     """
 
-    name: ClassVar[str]
+    name: ClassVar[str] = ""
     paper: ClassVar[str]
     data: ClassVar[HubData | None] = None
     columns: ClassVar[str] = ""
@@ -180,7 +180,7 @@ def parse_tasks(specs: str | Sequence[str | Task]) -> list[Task]:
         if not isinstance(spec, str | Task):
             raise ValueError(f"a task is a name with options or an instance, as POPE(), got {spec!r}")
         task = spec if isinstance(spec, Task) else _parse_task(spec)
-        if not hasattr(task, "name"):
+        if not task.name:
             raise ValueError(f"{type(task).__name__} has no name; give it one: class ...(Task, name=...)")
         if task.name in named:
             raise ValueError(f"{task.name} is asked for twice; a run holds one result of each task")

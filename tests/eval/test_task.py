@@ -73,3 +73,11 @@ def test_two_tasks_of_one_name_are_refused():
         @dataclass(kw_only=True)
         class Impostor(Task, name="pope"):
             pass
+
+
+def test_a_task_without_a_name_is_refused():
+    class Nameless(Scenes):
+        name = ""
+
+    with pytest.raises(ValueError, match=r"Nameless has no name; give it one: class ...\(Task, name=...\)"):
+        parse_tasks([Nameless()])
