@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from importlib.metadata import EntryPoint
+from importlib.util import find_spec
 
 import pytest
 
@@ -15,16 +16,18 @@ from mllm_vision.registry import MethodConfig
 
 def test_every_file_of_a_method_folder_is_listed():
     listed = {row.config.__module__ for row in mv.methods()}
-    assert listed == {module.__name__ for module in registry.package_modules("mllm_vision.reducers")}
+    folders = [f"mllm_vision.{kind}" for kind in registry.KIND_PACKAGES if find_spec(f"mllm_vision.{kind}")]
+    assert listed == {module.__name__ for folder in folders for module in registry.package_modules(folder)}
 
 
 @pytest.mark.parametrize("row", mv.methods(), ids=lambda row: row.name)
 def test_every_method_says_what_it_is_and_survives_storage(row):
-    config = row.config(keep=7)
-    assert config.to_dict() == {"type": row.name, "keep": 7}
+    required = {field: 7 for field, default in row.fields.items() if default == "required"}
+    config = row.config(**required)
+    assert config.to_dict() == {"type": row.name} | required
     assert MethodConfig.from_dict(config.to_dict()) == config
     assert row.paper
-    assert row.fields["keep"] == "required"
+    assert ("keep" in required) == (row.kind == "reducer")
     assert set(row.fields) == {field.name for field in dataclasses.fields(config)}
     documented = row.config.__doc__.split("Args:")[1]
     assert all(f"{field}:" in documented for field in row.fields)
