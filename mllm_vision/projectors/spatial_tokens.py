@@ -1,0 +1,234 @@
+"""Spatial tokens: a few visual tokens that know how the patches lie, for the prompt beside the projected patches.
+
+Every token comes from one kernel as large as the map it is shown, so that each patch has weights of its own. The maps
+are crops that grow from the centre to the whole image, or the whole image pooled from coarse to fine.
+
+Paper: LLaVA-SP, arXiv 2507.00505.
+Code: github.com/CnFaker/LLaVA-SP @ 24d8a8f (Apache-2.0).
+
+Differs: any grid and width, where the authors write 24, 1024, 512 and 4096; for 24 x 24 the rules below give their
+sizes. The variant is a field; theirs is a string in three places of the source. There is no `nan_to_num`, which makes
+a wrong number of an overflow: attention computes its scores in float32. Cropping adds details at any number of
+scales; their trials of 3 and 12 crop without. Weights start as theirs do, from torch's defaults.
+
+Cost at C 1024, O 512, D 4096 on 24 x 24: pooling 0.77 G parameters and 1.6 GFLOP an image, cropping 0.90 G and 8.3.
+
+Shapes: B images, P patches on an (H, W) grid, C channels of the tower, O of the spatial branch, D of the language
+model, S scales of (h, w) patches, K places that the details are taken at.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d, gelu, linear, scaled_dot_product_attention
+
+from mllm_vision.registry import MethodConfig
+
+__all__ = ["SpatialTokens", "SpatialTokensConfig", "from_authors"]
+
+DETAILS = 5
+"""Places a side that the details are taken at: 5 x 5 in the authors' code."""
+
+AUTHORS_KERNEL = re.compile(r"conv_([1-9]\d*)(\.1)?\.weight")
+
+
+@dataclass(kw_only=True)
+class SpatialTokensConfig(MethodConfig, type="spatial_tokens", kind="projector", paper="arXiv 2507.00505"):
+    """Add a token a scale, computed from the tower's whole map of patches by weights that have to be trained.
+
+    Args:
+        variant: "cropping" sees growing crops around the centre, and details through cross-attention (the variant of
+            the authors' quick start, for detail); "pooling" sees the whole image, pooled from coarse to fine.
+        channels: Width of the spatial branch (the authors' code: 512).
+        scales: Tokens to add to an image (paper: 6; it also tries 3 and 12).
+    """
+
+    variant: Literal["pooling", "cropping"] = "cropping"
+    channels: int = 512
+    scales: int = 6
+
+    needs_weights = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("channels", "scales"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+
+
+class SpatialTokens(nn.Module):
+    """The spatial tokens of images that lie on one grid; the kernels are made for that grid.
+
+    Args:
+        config: Its settings.
+        grid: (H, W).
+        width: C.
+        out: D.
+
+    Raises:
+        ValueError: the grid has fewer rows or columns than there are scales.
+    """
+
+    def __init__(self, config: SpatialTokensConfig, grid: tuple[int, int], width: int, out: int):
+        super().__init__()
+        cropping = config.variant == "cropping"
+        self.grid = grid
+        self.width = width
+        self.sizes = scale_sizes(grid, config.scales)
+        self.see = centre_crop if cropping else pooled
+        self.kernels = nn.ModuleList(WholeConv2d(width, config.channels, size, bias=False) for size in self.sizes)
+        self.details = Details(grid, width, config.channels) if cropping else None
+        self.project = nn.Linear(config.channels * (2 if cropping else 1), out, bias=cropping)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """The tokens (B, S, D) of row-major patches (B, P, C), from the smallest scale to the whole grid.
+
+        Raises:
+            ValueError: patches of another grid or width.
+        """
+        height, width = self.grid
+        if features.dim() != 3 or features.shape[1:] != (height * width, self.width):
+            raise ValueError(
+                f"expected the patches of a {height} x {width} grid, (images, {height * width}, {self.width}), got "
+                f"{tuple(features.shape)}; the kernels fit one grid, so build spatial tokens for the one the tower sees"
+            )
+        patches = features.transpose(1, 2).unflatten(2, self.grid)  # (B, C, H, W), a view
+        seen = [kernel(self.see(patches, size)) for kernel, size in zip(self.kernels, self.sizes, strict=True)]
+        tokens = torch.stack(seen, dim=1)  # (B, S, O)
+        if self.details is not None:
+            tokens = torch.cat([tokens, self.details(tokens, patches)], dim=-1)
+        return self.project(gelu(tokens))
+
+
+class WholeConv2d(nn.Conv2d):
+    """A convolution over a map as large as its kernel, as the matrix product that it is: (B, C, h, w) to (B, O)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        # The map is brought into the kernel's order; the kernel, hundreds of times larger, is only read.
+        return linear(input.flatten(1), self.weight.flatten(1))
+
+
+class Details(nn.Module):
+    """What tokens (B, S, O) attend to in the map of patches (B, C, H, W), seen through one strided convolution."""
+
+    def __init__(self, grid: tuple[int, int], width: int, channels: int):
+        super().__init__()
+        (height, down), (across, right) = detail_window(grid[0]), detail_window(grid[1])
+        self.conv = nn.Conv2d(width, channels, (height, across), (down, right), bias=False)
+        self.query = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, channels))
+        self.key = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, channels))
+        self.value = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, channels))
+
+    def forward(self, tokens: Tensor, patches: Tensor) -> Tensor:
+        details = self.conv(patches).flatten(2).transpose(1, 2)  # (B, K, O)
+        return scaled_dot_product_attention(self.query(tokens), self.key(details), self.value(details))
+
+
+def scale_sizes(grid: tuple[int, int], scales: int) -> list[tuple[int, int]]:
+    """The (h, w) of every scale i = 1..S on an (H, W) grid: H * i / S and W * i / S, rounded down.
+
+    Raises:
+        ValueError: the grid has fewer rows or columns than there are scales.
+    """
+    height, width = grid
+    if scales > min(grid):
+        raise ValueError(f"scales must be in 1..{min(grid)} on a {height} x {width} grid, got {scales}")
+    return [(height * i // scales, width * i // scales) for i in range(1, scales + 1)]
+
+
+def centre_crop(patches: Tensor, size: tuple[int, int]) -> Tensor:
+    """The middle (h, w) of a map (B, C, H, W), a view; of two middles the upper and the left one."""
+    top, left = ((whole - part) // 2 for whole, part in zip(patches.shape[2:], size, strict=True))
+    return patches[..., top : top + size[0], left : left + size[1]]
+
+
+def pooled(patches: Tensor, size: tuple[int, int]) -> Tensor:
+    """A map (B, C, H, W), averaged to (h, w); a map of that size already is not touched."""
+    return patches if patches.shape[2:] == size else adaptive_avg_pool2d(patches, size)
+
+
+def detail_window(side: int) -> tuple[int, int]:
+    """Kernel and stride along a side of the grid: five places from edge to edge, a twelfth of the side apart.
+
+    24 gives the authors' 16 and 2. A side of fewer than five patches has a place for each.
+    """
+    stride = max(1, (side + 6) // 12)  # to the nearest
+    return max(1, side - (DETAILS - 1) * stride), stride
+
+
+@dataclass(frozen=True)
+class AuthorsWeights:
+    """What a checkpoint of the authors holds.
+
+    Args:
+        config: The settings it was trained with.
+        grid: (H, W).
+        width: C.
+        out: D.
+        spatial: State dict of `SpatialTokens`.
+        patch_branch: Their ``mm_projector.*`` under their names: the two-layer MLP that every host has of its own.
+    """
+
+    config: SpatialTokensConfig
+    grid: tuple[int, int]
+    width: int
+    out: int
+    spatial: dict[str, Tensor]
+    patch_branch: dict[str, Tensor]
+
+
+def from_authors(weights: Mapping[str, Tensor]) -> AuthorsWeights:
+    """The authors' weights under our names; variant and sizes, which their checkpoints do not state, follow from them.
+
+    Args:
+        weights: Under the authors' names, without the prefix ``model.`` or ``base_model.model.model.``.
+
+    Raises:
+        ValueError: keys are missing or surplus, or a weight is of another shape than the others ask for.
+    """
+    found = sorted((int(m[1]), m[0], bool(m[2])) for m in map(AUTHORS_KERNEL.fullmatch, weights) if m)
+    if not found:
+        raise ValueError(f"expected keys such as conv_4.weight, without a prefix, got {', '.join(weights) or 'none'}")
+    (smallest, _, _), (side, largest, _) = found[0], found[-1]
+    patch_branch = {name: weight for name, weight in weights.items() if name.startswith("mm_projector.")}
+    variant: Literal["pooling", "cropping"] = "pooling" if any(pools for _, _, pools in found) else "cropping"
+    scales = side // smallest
+    names = authors_names(variant, side, scales)
+    if weights.keys() - patch_branch != names.keys():
+        missing, surplus = names.keys() - weights.keys(), weights.keys() - patch_branch - names.keys()
+        raise ValueError(
+            f"not the weights of {scales} {variant} scales on a {side} x {side} grid: missing are "
+            f"{', '.join(sorted(missing)) or 'none'}, surplus are {', '.join(sorted(surplus)) or 'none'}"
+        )
+    (channels, width), out = weights[largest].shape[:2], len(weights["conv_linear.1.weight"])
+    config = SpatialTokensConfig(variant=variant, channels=channels, scales=scales)
+    with torch.device("meta"):
+        expected = SpatialTokens(config, (side, side), width, out).state_dict()
+    for theirs, ours in names.items():
+        if weights[theirs].shape != expected[ours].shape:
+            raise ValueError(
+                f"{theirs} must be {tuple(expected[ours].shape)} beside {largest}, got {tuple(weights[theirs].shape)}"
+            )
+    spatial = {ours: weights[theirs] for theirs, ours in names.items()}
+    return AuthorsWeights(config, (side, side), width, out, spatial, patch_branch)
+
+
+def authors_names(variant: str, side: int, scales: int) -> dict[str, str]:
+    """Our name of each of the authors' weights for a (side, side) grid, their patch branch apart."""
+    names = {}
+    for i, (part, _) in enumerate(scale_sizes((side, side), scales)):
+        layer = ".1" if variant == "pooling" and part < side else ""  # behind a pooling layer, where there is one
+        names[f"conv_{part}{layer}.weight"] = f"kernels.{i}.weight"
+    names["conv_linear.1.weight"] = "project.weight"
+    if variant == "cropping":
+        names |= {"conv_linear.1.bias": "project.bias", "conv_CM.weight": "details.conv.weight"}
+        for role in ("query", "key", "value"):
+            for part_name in ("0.weight", "0.bias", "1.weight", "1.bias"):
+                names[f"{role}_projector.{part_name}"] = f"details.{role}.{part_name}"
+    return names
