@@ -81,7 +81,7 @@ class SpatialTokens(nn.Module):
         self.grid = grid
         self.width = width
         self.sizes = scale_sizes(grid, config.scales)
-        self.see = centre_crop if cropping else pooled
+        self.see = centre_crop if cropping else adaptive_avg_pool2d
         self.kernels = nn.ModuleList(WholeConv2d(width, config.channels, size, bias=False) for size in self.sizes)
         self.details = Details(grid, width, config.channels) if cropping else None
         self.project = nn.Linear(config.channels * (2 if cropping else 1), out, bias=cropping)
@@ -93,7 +93,7 @@ class SpatialTokens(nn.Module):
             ValueError: patches of another grid or width.
         """
         height, width = self.grid
-        if features.dim() != 3 or features.shape[1:] != (height * width, self.width):
+        if features.shape[1:] != (height * width, self.width):
             raise ValueError(
                 f"expected the patches of a {height} x {width} grid, (images, {height * width}, {self.width}), got "
                 f"{tuple(features.shape)}; the kernels fit one grid, so build spatial tokens for the one the tower sees"
@@ -110,7 +110,7 @@ class WholeConv2d(nn.Conv2d):
     """A convolution over a map as large as its kernel, as the matrix product that it is: (B, C, h, w) to (B, O)."""
 
     def forward(self, input: Tensor) -> Tensor:
-        # The map is brought into the kernel's order; the kernel, hundreds of times larger, is only read.
+        # The map is brought into the kernel's order; the kernel, O times as large, is only read.
         return linear(input.flatten(1), self.weight.flatten(1))
 
 
@@ -146,11 +146,6 @@ def centre_crop(patches: Tensor, size: tuple[int, int]) -> Tensor:
     """The middle (h, w) of a map (B, C, H, W), a view; of two middles the upper and the left one."""
     top, left = ((whole - part) // 2 for whole, part in zip(patches.shape[2:], size, strict=True))
     return patches[..., top : top + size[0], left : left + size[1]]
-
-
-def pooled(patches: Tensor, size: tuple[int, int]) -> Tensor:
-    """A map (B, C, H, W), averaged to (h, w); a map of that size already is not touched."""
-    return patches if patches.shape[2:] == size else adaptive_avg_pool2d(patches, size)
 
 
 def detail_window(side: int) -> tuple[int, int]:
