@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from mllm_vision.host import Adapter, Encoded, Layout
@@ -35,11 +35,17 @@ class LlavaAdapter(Adapter):
             has_cls=has_cls(config),
             object_layer=max(0, round(OBJECT_DEPTH * vision.num_hidden_layers) - 1),
             deep_layer=max(-2, -vision.num_hidden_layers),
+            width=vision.hidden_size * len(feature_layers(config, {})),
+            out=config.text_config.hidden_size,
+            grid=(height, width),
             image_tokens=height * width,
         )
 
     def tower(self, model: PreTrainedModel) -> PreTrainedModel:
         return model.model.vision_tower
+
+    def projector(self, model: PreTrainedModel) -> nn.Module:
+        return model.model.multi_modal_projector
 
     def layouts(self, model: PreTrainedModel, images: dict[str, Any]) -> list[Layout]:
         height, width = tile_grid(model.config)
@@ -59,9 +65,10 @@ class LlavaAdapter(Adapter):
         if grids[0] != layouts[0].grid:
             pixels = resize_tiles(pixels, grids[0], model.config.vision_config.patch_size)
             options["interpolate_pos_encoding"] = True
-        features = model.model.get_image_features(pixel_values=pixels, return_dict=True, **options).pooler_output
+        seen = model.model.get_image_features(pixel_values=pixels, return_dict=True, **options)
+        maps = patch_maps(seen.hidden_states, grids[0], model.config, images)
         first = int(keeps_cls(model.config, images))
-        return [Encoded(on_patches=image[first:], others=image[:first]) for image in features]
+        return [Encoded(image[first:], image[:first], m[None]) for image, m in zip(seen.pooler_output, maps, strict=True)]
 
     def by_patch(
         self, model: PreTrainedModel, heard: list[Tensor], images: dict[str, Any], grids: Sequence[tuple[int, int]]
@@ -92,6 +99,21 @@ def keeps_cls(config: PreTrainedConfig, images: dict[str, Any]) -> bool:
     """Whether the CLS token is among the visual tokens."""
     strategy = images.get("vision_feature_select_strategy") or config.vision_feature_select_strategy
     return strategy == "full" and has_cls(config)
+
+
+def feature_layers(config: PreTrainedConfig, images: dict[str, Any]) -> list[int]:
+    """Indices of the tower's hidden states that the projector takes, side by side."""
+    layers = images.get("vision_feature_layer")
+    layers = config.vision_feature_layer if layers is None else layers
+    return [layers] if isinstance(layers, int) else list(layers)
+
+
+def patch_maps(
+    states: Sequence[Tensor] | dict[int, Tensor], grid: tuple[int, int], config: PreTrainedConfig, images: dict[str, Any]
+) -> Tensor:
+    """What the projector takes of the tower's hidden ``states``, (tiles, H * W, C), without CLS."""
+    chosen = [states[layer][:, -grid[0] * grid[1] :] for layer in feature_layers(config, images)]
+    return chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=-1)
 
 
 def resize_tiles(pixels: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:

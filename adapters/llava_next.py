@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mllm_vision.adapters.llava import LlavaAdapter, keeps_cls, resize_tiles, tile_grid
-from mllm_vision.host import Encoded, Layout
+from mllm_vision.adapters.llava import LlavaAdapter, feature_layers, keeps_cls, patch_maps, resize_tiles, tile_grid
+from mllm_vision.host import Encoded, Layout, images_by_grid
 from mllm_vision.operations import TowerFacts
 
 if TYPE_CHECKING:
@@ -47,33 +47,41 @@ class LlavaNextAdapter(LlavaAdapter):
         grids: Sequence[tuple[int, int]],
     ) -> list[Encoded]:
         if list(grids) == [layout.grid for layout in layouts]:
-            packed = model.model.get_image_features(return_dict=True, **images).pooler_output
-            return [unpacked(image, layout) for image, layout in zip(packed, layouts, strict=True)]
+            seen = model.model.get_image_features(return_dict=True, **images)
+            maps = patch_maps(seen.hidden_states, layouts[0].grid, model.config, images)
+            by_image = zip(seen.pooler_output, layouts, maps.split([layout.tiles for layout in layouts]), strict=True)
+            return [Encoded(*unpacked(packed, layout), tiles) for packed, layout, tiles in by_image]
+        by_image = zip(*self._encode_resized(model, images, grids), layouts, strict=True)
+        newline = model.model.image_newline
         return [
-            Encoded(on_patches, model.model.image_newline.expand(int((layout.patch < 0).sum()), -1))
-            for on_patches, layout in zip(self._encode_resized(model, images, grids), layouts, strict=True)
+            Encoded(projected.flatten(0, 1), newline.expand(int((layout.patch < 0).sum()), -1), tiles)
+            for projected, tiles, layout in by_image
         ]
 
     def _encode_resized(
         self, model: PreTrainedModel, images: dict[str, Any], grids: Sequence[tuple[int, int]]
-    ) -> list[Tensor]:
-        """Tower and projector over tiles of any grid, (P_i, D) each; the stock method packs full grids only."""
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Tower and projector over tiles of any grid, (T_i, H_i * W_i, D) each, and the maps between the two, C wide.
+
+        The stock method packs full grids only.
+        """
         core, config = model.model, model.config
-        layers = images.get("vision_feature_layer") or config.vision_feature_layer
         pixels, counts = images["pixel_values"], tile_counts(config, images)
         tiles = (
             [image[:n] for image, n in zip(pixels, counts, strict=True)] if pixels.dim() == 5 else pixels.split(counts)
         )
-        features: dict[int, Tensor] = {}
+        projected: dict[int, Tensor] = {}
+        maps: dict[int, Tensor] = {}
         for grid, members in images_by_grid(grids).items():
             batch = resize_tiles(torch.cat([tiles[i] for i in members]), grid, config.vision_config.patch_size)
+            layers = feature_layers(config, images)
             states = core.vision_tower(
                 batch, interpolate_pos_encoding=True, output_hidden_states=layers, return_dict=True
             ).hidden_states
-            chosen = [states[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
-            projected = core.multi_modal_projector(torch.cat(chosen, dim=-1)[:, -grid[0] * grid[1] :])
-            features |= zip(members, projected.split([counts[i] for i in members]), strict=True)
-        return [features[i].flatten(0, 1) for i in range(len(grids))]
+            seen, sizes = patch_maps(states, grid, config, images), [counts[i] for i in members]
+            maps |= zip(members, seen.split(sizes), strict=True)
+            projected |= zip(members, core.multi_modal_projector(seen).split(sizes), strict=True)
+        return [projected[i] for i in range(len(grids))], [maps[i] for i in range(len(grids))]
 
     def by_patch(
         self, model: PreTrainedModel, heard: list[Tensor], images: dict[str, Any], grids: Sequence[tuple[int, int]]
@@ -86,14 +94,6 @@ class LlavaNextAdapter(LlavaAdapter):
         return [evidence[i].flatten() for i in range(len(grids))]
 
 
-def images_by_grid(grids: Sequence[tuple[int, int]]) -> dict[tuple[int, int], list[int]]:
-    """The images that go through the tower together: those that are seen on the same grid."""
-    members: dict[tuple[int, int], list[int]] = {}
-    for i, grid in enumerate(grids):
-        members.setdefault(grid, []).append(i)
-    return members
-
-
 def tile_counts(config: PreTrainedConfig, images: dict[str, Any]) -> list[int]:
     """T of each image, the base tile included."""
     from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches  # loads the whole model
@@ -102,11 +102,11 @@ def tile_counts(config: PreTrainedConfig, images: dict[str, Any]) -> list[int]:
     return [image_size_to_num_patches(s, config.image_grid_pinpoints, size) for s in images["image_sizes"]]
 
 
-def unpacked(packed: Tensor, layout: Layout) -> Encoded:
-    """The tokens of one image (S, D) out of the host's packing."""
+def unpacked(packed: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """The tokens of one image out of the host's packing (S, D): on patches (P, D) and others (F, D)."""
     on = (layout.patch >= 0).to(packed.device)
     on_patches = packed.new_zeros(len(layout.place), packed.shape[-1])
-    return Encoded(on_patches.index_copy(0, layout.patch.to(packed.device)[on], packed[on]), packed[~on])
+    return on_patches.index_copy(0, layout.patch.to(packed.device)[on], packed[on]), packed[~on]
 
 
 ADAPTER = LlavaNextAdapter()

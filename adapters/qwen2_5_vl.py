@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from transformers.vision_utils import get_vision_window_index
 
@@ -48,11 +48,19 @@ class Qwen25VLAdapter(Adapter):
     def facts(self, config: PreTrainedConfig) -> TowerFacts:
         depth = config.vision_config.depth
         return TowerFacts(
-            depth=depth, has_cls=False, object_layer=max(0, round(OBJECT_DEPTH * depth) - 1), deep_layer=-1
+            depth=depth,
+            has_cls=False,
+            object_layer=max(0, round(OBJECT_DEPTH * depth) - 1),
+            deep_layer=-1,
+            width=config.vision_config.out_hidden_size,
+            out=config.text_config.hidden_size,
         )
 
     def tower(self, model: PreTrainedModel) -> PreTrainedModel:
         return model.model.visual
+
+    def projector(self, model: PreTrainedModel) -> nn.Module:
+        return model.model.visual.merger
 
     def layouts(self, model: PreTrainedModel, images: dict[str, Any]) -> list[Layout]:
         merge = model.config.vision_config.spatial_merge_size
@@ -73,7 +81,7 @@ class Qwen25VLAdapter(Adapter):
             pixels = torch.cat([resize_patches(p, old, new, model.config.vision_config) for p, old, new in per_image])
             grid_thw = smaller
         features = model.model.get_image_features(pixels, grid_thw, return_dict=True).pooler_output
-        return [Encoded(image, image[:0]) for image in features]
+        return [Encoded(image, image[:0], image[None]) for image in features]  # the merger is tower and projector in one
 
     def by_patch(
         self, model: PreTrainedModel, heard: list[Tensor], images: dict[str, Any], grids: Sequence[tuple[int, int]]

@@ -17,7 +17,7 @@ from mllm_vision.auto import slotted_config
 from mllm_vision.encoding import encode_images, image_inputs
 from mllm_vision.host import SLOTTED_PREFIX, adapter_for, adapters
 from mllm_vision.registry import MethodConfig
-from mllm_vision.slots import Slots, restored, stored
+from mllm_vision.slots import Slots, replacing, restored, stored
 from mllm_vision.slotted import SlottedModel, require_weights, slotted_model
 from mllm_vision.tokens import Roles
 
@@ -45,7 +45,8 @@ def load(name_or_path: str | Path, *methods: MethodConfig, **kwargs: Any) -> tup
     hub = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if k in kwargs}
     config = kwargs.pop("config", None) or AutoConfig.from_pretrained(source, **hub)
     adapter = adapter_for(config)
-    Slots(methods or restored(getattr(config, "mllm_vision", None)), config)
+    with torch.device("meta"):
+        Slots(replacing(restored(getattr(config, "mllm_vision", None)), methods), config)
     processor = adapter.load_processor(source, **hub)
     model, info = AutoModelForImageTextToText.from_pretrained(source, config=config, output_loading_info=True, **kwargs)
     require_weights(info)
@@ -54,6 +55,8 @@ def load(name_or_path: str | Path, *methods: MethodConfig, **kwargs: Any) -> tup
 
 def apply(model: Model, *methods: MethodConfig) -> Model:
     """Plug methods into a live model, in place of those it has. Touches this instance only; `remove` undoes it.
+
+    A method with weights stays, with them, until another of its kind takes its place or `remove` takes it out.
 
     Args:
         model: A supported host: of a stock class or with slots, quantised, dispatched over devices, or wrapped by PEFT.
@@ -66,7 +69,9 @@ def apply(model: Model, *methods: MethodConfig) -> Model:
         ValueError: a host nobody supports, or a method that asks for what the host cannot give; the model is unchanged.
     """
     host = find_host(model)
-    slots = Slots(methods, host.config)
+    held = host.vision_slots if isinstance(host, SlottedModel) else None
+    slots = Slots(replacing([] if held is None else held.methods, methods), host.config, keep=held)
+    slots.match(host, held)
     if not isinstance(host, SlottedModel):
         adapter = adapter_for(host.config)
         if type(host) is not adapter.stock_model:
@@ -76,8 +81,8 @@ def apply(model: Model, *methods: MethodConfig) -> Model:
             )
         _change_class(host, slotted_model(adapter))
         host.config.__class__ = slotted_config(adapter)
-    host.vision_slots = slots.train(host.training)
-    host.config.mllm_vision = stored(methods)
+    host.plug(slots.train(host.training))
+    host.config.mllm_vision = stored(slots.methods)
     return model
 
 
@@ -90,6 +95,7 @@ def remove(model: Model) -> Model:
     host = find_host(model)
     if isinstance(host, SlottedModel):
         adapter = adapter_for(host.config)
+        host.plug(Slots([], host.config))
         del host.vision_slots
         del host.config.mllm_vision
         host.config.__class__ = adapter.stock_config
@@ -101,15 +107,16 @@ def remove(model: Model) -> Model:
 def using(model: Model, *methods: MethodConfig) -> Iterator[Model]:
     """`apply` for the length of a block; afterwards the model has the methods it had before."""
     host = find_host(model)
-    before = list(host.vision_slots.methods) if isinstance(host, SlottedModel) else None
+    before = (host.vision_slots, host.config.mllm_vision) if isinstance(host, SlottedModel) else None
     apply(model, *methods)
     try:
         yield model
     finally:
-        if before is None:
+        if before is None or not isinstance(host, SlottedModel):
             remove(model)
         else:
-            apply(model, *before)
+            slots, host.config.mllm_vision = before
+            host.plug(slots)
 
 
 @dataclass(frozen=True)

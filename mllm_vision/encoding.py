@@ -1,19 +1,21 @@
 """From images to the tokens that enter the prompt: tower, projector, operations, for a whole batch.
 
-Shapes: image i has P_i patches on the grid it is seen on, S_i placeholders, n_i tokens in the prompt; D channels.
+Shapes: image i has T_i tiles of (H_i, W_i) patches, P_i in all, S_i placeholders, n_i tokens in the prompt; C channels
+of the tower, D of the language model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 from transformers import PreTrainedModel
 
-from mllm_vision.host import Encoded, Layout, adapter_for
+from mllm_vision.host import Encoded, Layout, adapter_for, images_by_grid
 from mllm_vision.slots import Slots
 from mllm_vision.tap import listen
 from mllm_vision.tokens import VisualTokens
@@ -28,12 +30,20 @@ class ImageTokens:
         slots: (n,) ascending, the placeholder that each token stands on.
         placeholders: S, how many the processor wrote.
         on_patches: the tokens on patches after the last operation, as a batch of one.
+        added: how many tokens, the first ones, were added to those of the image; they stand on its first placeholder.
     """
 
     features: Tensor
     slots: Tensor
     placeholders: int
     on_patches: VisualTokens
+    added: int
+
+    def with_placeholders(self, more: int) -> ImageTokens:
+        """As if the processor had written ``more`` placeholders ahead of the others, for the added tokens."""
+        own = torch.arange(self.added, device=self.slots.device) * more // max(1, self.added)
+        slots = torch.cat([own, self.slots[self.added :] + more])
+        return replace(self, slots=slots, placeholders=self.placeholders + more)
 
 
 def encode_images(model: PreTrainedModel, slots: Slots, images: dict[str, Any]) -> list[ImageTokens]:
@@ -43,6 +53,7 @@ def encode_images(model: PreTrainedModel, slots: Slots, images: dict[str, Any]) 
     grids = [slots.grid(layout.grid, layout.tiles) for layout in layouts]
     with listen(adapter.tower(model), slots.requests) as recording:
         encoded = adapter.encode(model, images, layouts, grids)
+    added = _added(slots, encoded, grids)
     evidence = {request: adapter.by_patch(model, recording[request], images, grids) for request in slots.requests}
 
     places = [layout.place_on(grid) for layout, grid in zip(layouts, grids, strict=True)]
@@ -57,7 +68,7 @@ def encode_images(model: PreTrainedModel, slots: Slots, images: dict[str, Any]) 
         for operation in slots.operations:
             tokens = operation(tokens)
         for row, i in enumerate(members):
-            out[i] = _in_prompt(tokens.image(row), places[i], encoded[i], layouts[i])
+            out[i] = _in_prompt(tokens.image(row), added[i], places[i], encoded[i], layouts[i])
     return [out[i] for i in range(len(layouts))]
 
 
@@ -75,9 +86,31 @@ def _on_patches(features: Sequence[Tensor], place: Tensor, grid: tuple[int, int]
     return VisualTokens(torch.stack([f[patch] for f in features]), index, torch.ones_like(index), grid, tiles)
 
 
-def _in_prompt(tokens: VisualTokens, place: Tensor, encoded: Encoded, layout: Layout) -> ImageTokens:
-    """Tokens of one image in the order of the prompt, with those that the host puts on no patch."""
+def _added(slots: Slots, encoded: Sequence[Encoded], grids: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """The tokens added to each image, (T_i * count, D), tile after tile; images of one grid go through together."""
+    if slots.projector is None:
+        return [image.on_patches[:0] for image in encoded]
+    device = next(slots.projector.parameters()).device
+    added: dict[int, Tensor] = {}
+    for grid, members in images_by_grid(grids).items():
+        maps = torch.cat([encoded[i].maps for i in members]).to(device)
+        tokens = slots.projector(on_grid(maps, grid, slots.projector.grid))
+        added |= zip(members, tokens.split([len(encoded[i].maps) for i in members]), strict=True)
+    return [added[i].flatten(0, 1).to(image.on_patches.device) for i, image in enumerate(encoded)]
+
+
+def on_grid(maps: Tensor, grid: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
+    """Maps (T, H * W, C) on the grid that is ``wanted``, each cell the mean of the patches that it covers."""
+    if grid == wanted:
+        return maps
+    return adaptive_avg_pool2d(maps.transpose(1, 2).unflatten(2, grid), wanted).flatten(2).transpose(1, 2)
+
+
+def _in_prompt(tokens: VisualTokens, added: Tensor, place: Tensor, encoded: Encoded, layout: Layout) -> ImageTokens:
+    """Tokens of one image in the order of the prompt: those added, then patches among those on no patch."""
     on_patches = place.to(tokens.patch_index.device)[tokens.patch_index[0]]
     others = (layout.patch < 0).nonzero().squeeze(1).to(on_patches.device)
-    slots, order = torch.cat([on_patches, others]).sort(stable=True)
-    return ImageTokens(torch.cat([tokens.features[0], encoded.others])[order], slots, len(layout.patch), tokens)
+    first = on_patches.new_zeros(len(added))
+    slots, order = torch.cat([first, on_patches, others]).sort(stable=True)
+    features = torch.cat([added, tokens.features[0], encoded.others])[order]
+    return ImageTokens(features, slots, len(layout.patch), tokens, len(added))

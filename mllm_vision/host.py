@@ -15,7 +15,7 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mllm_vision.operations import TowerFacts
 
@@ -66,10 +66,12 @@ class Encoded:
     Args:
         on_patches: (P, D), by patch of the grid that was encoded; rows of patches that the host leaves out are unused.
         others: (F, D), the tokens that stand on no patch, in the order of their placeholders.
+        maps: (T, H * W, C), what the projector made them of, by tile, without CLS.
     """
 
     on_patches: Tensor
     others: Tensor
+    maps: Tensor
 
 
 class Adapter(ABC):
@@ -114,6 +116,10 @@ class Adapter(ABC):
     @abstractmethod
     def tower(self, model: PreTrainedModel) -> PreTrainedModel:
         """The vision tower."""
+
+    @abstractmethod
+    def projector(self, model: PreTrainedModel) -> nn.Module:
+        """What brings the tower's tokens to the width of the language model."""
 
     @abstractmethod
     def layouts(self, model: PreTrainedModel, images: dict[str, Any]) -> list[Layout]:
@@ -172,6 +178,14 @@ def adapter_of_type(model_type: str) -> Adapter:
     if stock not in adapters():
         raise ValueError(f"model type {stock!r} is not supported; supported are {', '.join(sorted(adapters()))}")
     return adapters()[stock]
+
+
+def images_by_grid(grids: Sequence[tuple[int, int]]) -> dict[tuple[int, int], list[int]]:
+    """The numbers of the images that are seen on the same grid, for every grid."""
+    members: dict[tuple[int, int], list[int]] = {}
+    for i, grid in enumerate(grids):
+        members.setdefault(grid, []).append(i)
+    return members
 
 
 def _from_transformers(name: str) -> Any:

@@ -1,4 +1,7 @@
-"""What a method is to the host: an operation on visual tokens, or on the image before the tower sees it."""
+"""What a method is to the host: an operation on visual tokens or on the image, or tokens added to those of the patches.
+
+Shapes: B images, N visual tokens, T tiles of S added tokens, C channels of the tower, D of the language model.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from mllm_vision.registry import MethodConfig
 from mllm_vision.tokens import Evidence, VisualTokens
@@ -21,6 +24,9 @@ class TowerFacts:
         has_cls: Whether a CLS token goes through the layers.
         object_layer: Attention map that attends to objects, as published for this family (scaled to `depth`).
         deep_layer: Attention map that attends to the whole scene.
+        width: C, of the map of patches that a tile becomes.
+        out: D.
+        grid: (H, W) of every tile, or None where that depends on the image.
         image_tokens: Visual tokens of every image, or None where that depends on the image.
     """
 
@@ -28,6 +34,9 @@ class TowerFacts:
     has_cls: bool
     object_layer: int
     deep_layer: int
+    width: int
+    out: int
+    grid: tuple[int, int] | None = None
     image_tokens: int | None = None
 
     def layer(self, asked: int | None, default: int) -> int:
@@ -65,8 +74,39 @@ class ImageOperation(nn.Module, ABC):
         """The (h, w) grid that the tower shall see instead of the (H, W) grid of each of an image's tiles."""
 
 
+class AddedTokens(nn.Module, ABC):
+    """Tokens for the prompt beside those of the patches, made of the map that the tower hands to the host's projector.
+
+    Args:
+        grid: (H, W) of the maps it takes; a map of another grid is brought onto this one beforehand.
+        count: S, the tokens it makes of a tile.
+    """
+
+    def __init__(self, grid: tuple[int, int], count: int):
+        super().__init__()
+        self.grid = grid
+        self.count = count
+
+    @abstractmethod
+    def forward(self, features: Tensor) -> Tensor:
+        """Row-major patches of T tiles, (T, H * W, C), to (T, S, D)."""
+
+
 @dataclass(kw_only=True)
-class KeepConfig(MethodConfig, ABC, kind="reducer"):
+class PluggedConfig(MethodConfig, ABC):
+    """A method that is built for a tower and plugged into its host."""
+
+    def check(self, tower: TowerFacts) -> None:
+        """Raise ValueError where the tower cannot give what this config asks for."""
+        return
+
+    @abstractmethod
+    def build(self, tower: TowerFacts) -> TokenOperation | ImageOperation | AddedTokens:
+        """What does the work, for a tower that `check` accepted."""
+
+
+@dataclass(kw_only=True)
+class KeepConfig(PluggedConfig, kind="reducer"):
     """A reducer with a budget.
 
     Args:
@@ -84,17 +124,12 @@ class KeepConfig(MethodConfig, ABC, kind="reducer"):
         super().__post_init__()
 
     def check(self, tower: TowerFacts) -> None:
-        """Raise ValueError where the tower cannot give what this config asks for."""
         if tower.image_tokens is not None and self.keep > tower.image_tokens:
             raise ValueError(f"keep must be in 1..{tower.image_tokens}, the visual tokens of an image, got {self.keep}")
 
     def count(self, n: int) -> int:
         """Tokens to keep of n: at least 1, at most n."""
         return max(1, min(n, round(self.keep * n) if isinstance(self.keep, float) else self.keep))
-
-    @abstractmethod
-    def build(self, tower: TowerFacts) -> TokenOperation | ImageOperation:
-        """The operation, for a tower that `check` accepted."""
 
 
 def coarse_grid(grid: tuple[int, int], most: int, *, distortion: float = 4 / 3) -> tuple[int, int]:

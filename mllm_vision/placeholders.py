@@ -30,6 +30,10 @@ class Fit:
         """(B, M) bool: padding."""
         return self.columns < 0
 
+    def keeps(self, length: int) -> bool:
+        """Whether prompts of L = ``length`` columns stay as they are."""
+        return bool(self.columns.shape[1] == length and (self.columns == torch.arange(length).to(self.columns)).all())
+
     def apply(self, along_prompt: Tensor, pad_value: int) -> Tensor:
         """A tensor (..., B, L) that runs along the prompt, fitted: (..., B, M)."""
         index = self.columns.clamp(min=0).to(along_prompt.device)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
+import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from mllm_vision.host import adapter_for
-from mllm_vision.operations import ImageOperation, KeepConfig, TokenOperation
+from mllm_vision.operations import AddedTokens, ImageOperation, PluggedConfig, TokenOperation, TowerFacts
 from mllm_vision.registry import MethodConfig
 from mllm_vision.tokens import Evidence
 
@@ -18,22 +19,72 @@ CONFIG_VERSION = 1
 
 
 class Slots(nn.Module):
-    """The operations of one model, built for its tower from their configs, in the order given.
+    """What the methods of one model do, built for its tower from their configs, in the order given.
+
+    Args:
+        methods: The configs.
+        config: That of the model.
+        keep: Slots whose modules, with their weights, are used again for the methods that they hold already.
+
+    Attributes:
+        projector: What adds tokens, if anything does.
+        resize: What makes the image smaller, if anything does.
+        operations: What the tokens go through.
 
     Raises:
         TypeError: something that is no method config.
-        ValueError: the host cannot give what a method needs.
+        ValueError: the host cannot give what a method needs, or two methods want one place.
     """
 
-    def __init__(self, methods: Sequence[MethodConfig], config: PreTrainedConfig):
+    def __init__(self, methods: Sequence[MethodConfig], config: PreTrainedConfig, keep: Slots | None = None):
         super().__init__()
         self.methods = list(methods)
-        operations = [_built(method, config) for method in methods]
-        resizing = [operation for operation in operations if isinstance(operation, ImageOperation)]
-        if len(resizing) > 1:
-            raise ValueError(f"an image is resized once, got {len(resizing)} methods that resize it")
-        self.resize = resizing[0] if resizing else None
-        self.operations = nn.ModuleList(op for op in operations if isinstance(op, TokenOperation))
+        self.places: list[str] = []
+        self.projector: AddedTokens | None = None
+        self.resize: ImageOperation | None = None
+        self.operations = nn.ModuleList()
+        facts = adapter_for(config).facts(config)
+        for method in methods:
+            known = None if keep is None else keep.place_of(method)
+            if keep is None or known is None:
+                self._plug(_built(method, facts))
+            else:
+                self._plug(keep.get_submodule(known), known.partition(".")[0])
+
+    def _plug(self, module: nn.Module, place: str | None = None) -> None:
+        """Put ``module`` into its place, the one of its type unless another is given (PEFT wraps what it trains)."""
+        place = next(name for name, kind in PLACES.items() if isinstance(module, kind)) if place is None else place
+        if place == "operations":
+            self.places.append(f"operations.{len(self.operations)}")
+            self.operations.append(module)
+            return
+        if place in self.places:
+            names = ", ".join(method.type for method in self.methods)
+            raise ValueError(f"only one method can {_SINGLE[place]}, and more do among {names}")
+        self.places.append(place)
+        setattr(self, place, module)
+
+    def place_of(self, method: MethodConfig) -> str | None:
+        """Name of the submodule that does what ``method`` says, None where there is none."""
+        return next((place for held, place in zip(self.methods, self.places, strict=True) if held == method), None)
+
+    def match(self, model: PreTrainedModel, keep: Slots | None) -> None:
+        """Bring the weights that ``keep`` does not hold to the device and dtype of what they stand beside."""
+        held = set() if keep is None else set(keep.modules())
+        device = _device(adapter_for(model.config).projector(model))
+        for module in (self.projector, *self.operations):
+            if module is not None and module not in held:
+                module.to(device, model.dtype)
+
+    @property
+    def added(self) -> int:
+        """S, the tokens added to those of a tile."""
+        return 0 if self.projector is None else self.projector.count
+
+    @property
+    def undivided(self) -> set[str]:
+        """Names of the classes whose layers compute together, so that a device map must not part them."""
+        return set() if self.projector is None else {type(self.projector).__name__}
 
     @property
     def requests(self) -> list[Evidence]:
@@ -46,12 +97,34 @@ class Slots(nn.Module):
         return grid if self.resize is None else self.resize(grid, tiles)
 
 
-def _built(method: MethodConfig, config: PreTrainedConfig) -> TokenOperation | ImageOperation:
-    if not isinstance(method, KeepConfig):
+PLACES: dict[str, type[nn.Module]] = {
+    "projector": AddedTokens,
+    "resize": ImageOperation,
+    "operations": TokenOperation,
+}
+"""The attribute of `Slots` that holds modules of each type."""
+
+_SINGLE = {"projector": "add tokens", "resize": "resize the image"}
+
+
+def _built(method: MethodConfig, facts: TowerFacts) -> nn.Module:
+    if not isinstance(method, PluggedConfig):
         raise TypeError(f"expected a method config such as HiPruneConfig(keep=192), got {method!r}")
-    facts = adapter_for(config).facts(config)
     method.check(facts)
     return method.build(facts)
+
+
+def _device(module: nn.Module) -> torch.device:
+    """Where ``module`` computes, which is not where its weights lie if accelerate offloads them."""
+    hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
+    asked = next((device for hook in hooks if (device := getattr(hook, "execution_device", None)) is not None), None)
+    return next(module.parameters()).device if asked is None else torch.device(asked)
+
+
+def replacing(held: Iterable[MethodConfig], methods: Sequence[MethodConfig]) -> list[MethodConfig]:
+    """``methods`` in place of those that are ``held``; of these, what has weights stays unless its kind is replaced."""
+    kinds = {method.kind for method in methods if isinstance(method, MethodConfig)}
+    return [method for method in held if method.needs_weights and method.kind not in kinds] + list(methods)
 
 
 def stored(methods: Iterable[MethodConfig]) -> dict[str, Any]:

@@ -5,8 +5,10 @@ Shapes: B prompts of L columns before and M after fitting.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mllm_vision.auto import slotted_config
-from mllm_vision.encoding import encode_images, image_inputs
+from mllm_vision.encoding import ImageTokens, encode_images, image_inputs
 from mllm_vision.host import Adapter, adapter_for, adapters
 from mllm_vision.placeholders import PAD_VALUES, fit_columns
 from mllm_vision.slots import Slots, restored
@@ -47,11 +49,23 @@ class SlottedModel(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
-        self.vision_slots = Slots(restored(config.mllm_vision), config)
+        self.plug(Slots(restored(config.mllm_vision), config))
+
+    def plug(self, slots: Slots) -> None:
+        """Hold ``slots`` in place of those held so far."""
+        if (held := getattr(self, "vision_slots", None)) is not None:
+            self._no_split_modules -= held.undivided
+        self.vision_slots = slots
+        self._no_split_modules |= slots.undivided
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As the stock class, but a weight that the checkpoint lacks is an error, never a random layer."""
+        """As the stock class, but a weight that the checkpoint lacks is an error, never a random layer.
+
+        Quantisation leaves the slots alone.
+        """
+        if (quantised := kwargs.get("quantization_config")) is not None and hasattr(quantised, SKIPPED):
+            kwargs["quantization_config"] = _sparing_slots(quantised)
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         require_weights(info)
         return (model, info) if output_loading_info else model
@@ -115,24 +129,41 @@ class SlottedModel(PreTrainedModel, GenerationMixin):
         ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
         if ids is None:
             raise ValueError("images need input_ids, whose placeholders say where they stand; got inputs_embeds only")
-        if mask is not None and mask.dim() != 2:
-            raise ValueError(f"attention_mask must be (batch, length) to fit a prompt, got {tuple(mask.shape)}")
         encoded = encode_images(self, self.vision_slots, images)
+        if self._has_room(ids, encoded):
+            encoded = [image.with_placeholders(self.vision_slots.added) for image in encoded]
+        by_column = mask is None or mask.dim() == 2
         fit = fit_columns(
-            ids, mask, self.config.image_token_id, [i.placeholders for i in encoded], [i.slots for i in encoded]
+            ids,
+            mask if by_column else None,
+            self.config.image_token_id,
+            [i.placeholders for i in encoded],
+            [i.slots for i in encoded],
         )
+        stays = fit.keeps(ids.shape[1])
+        if not by_column and not stays:
+            raise ValueError(
+                f"attention_mask must be (batch, length) where the prompt has more or fewer placeholders than its images "
+                f"have tokens, got {tuple(mask.shape)}"
+            )
         fitted = {name: value for name, value in inputs.items() if name not in adapter.image_inputs}
         if inputs.get("position_ids") is None:
             fitted["position_ids"] = adapter.positions(self, inputs)
         if mask is None and bool(fit.padded.any()):
             fitted["attention_mask"] = torch.ones_like(ids)
         for name, pad_value in {"input_ids": self._pad_id(), **PAD_VALUES}.items():
-            if fitted.get(name) is not None:
+            if fitted.get(name) is not None and not stays:
                 fitted[name] = fit.apply(fitted[name], pad_value)
         features = [image.features for image in encoded]
         fitted["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=features)}
         adapter.after_fit(self, fitted, generating=generating)
         return fitted
+
+    def _has_room(self, ids: Tensor, images: Sequence[ImageTokens]) -> bool:
+        """Whether a processor wrote placeholders for the added tokens (with `num_additional_image_tokens` raised)."""
+        written = int((ids == self.config.image_token_id).sum())
+        room = self.vision_slots.added * len(images)
+        return room > 0 and written == sum(image.placeholders for image in images) + room
 
     def _fitted_turn(self, inputs: dict[str, Any], prefix: PromptPrefix | None) -> dict[str, Any]:
         """As `_fitted`, for a conversation of which a cache may hold an earlier, fitted part."""
@@ -229,6 +260,17 @@ def __getattr__(name: str) -> Any:
             if name == f"Slotted{kind}":
                 return make(adapter)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+SKIPPED = "llm_int8_skip_modules"
+"""Field of bitsandbytes' config that names the modules to leave as they are."""
+
+
+def _sparing_slots(quantised: Any) -> Any:
+    """A quantisation config that leaves the slots alone, and the head as it would without being told."""
+    sparing = copy.copy(quantised)
+    setattr(sparing, SKIPPED, [*(getattr(quantised, SKIPPED) or ["lm_head"]), "vision_slots"])
+    return sparing
 
 
 def require_weights(info: Any) -> None:

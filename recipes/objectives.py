@@ -175,10 +175,13 @@ class AnswerCollator:
     The prompt up to the picture stands first; every question with its answer is a branch that sees this prefix and
     itself, at the positions it would have alone. So the model is trained on exactly what it is later asked, one
     question about one picture, and no answer can be copied from another turn. The loss is on answers only.
+
+    Args:
+        added: Tokens of a picture besides those of its patches; a mask of branches cannot be fitted to them later.
     """
 
-    def __init__(self, processor: ProcessorMixin) -> None:
-        self.processor = processor
+    def __init__(self, processor: ProcessorMixin, added: int = 0) -> None:
+        self.processor, self.added = processor, added
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         tokenizer = self.processor.tokenizer
@@ -201,7 +204,7 @@ class AnswerCollator:
 
     def _pack(self, questions: list[Question], size: tuple[int, int]) -> tuple[list[int], ...]:
         tokenizer = self.processor.tokenizer
-        n = (size[0] // self.processor.patch_size) * (size[1] // self.processor.patch_size)
+        n = (size[0] // self.processor.patch_size) * (size[1] // self.processor.patch_size) + self.added
         ids = tokenizer("USER:")["input_ids"] + [self.processor.image_token_id] * n
         labels, positions, branch = [IGNORED] * len(ids), list(range(len(ids))), [0] * len(ids)
         start = len(ids)

@@ -8,6 +8,8 @@ from typing import Any
 import yaml
 from transformers import TrainingArguments
 
+from mllm_vision.registry import MethodConfig
+
 RECIPES = Path(__file__).parent
 OBJECTIVES = ("patch_words", "answers")
 _SET_BY_RECIPE = ("output_dir", "seed", "data_seed")
@@ -52,6 +54,9 @@ class Recipe:
 
     Args:
         output: Folder of checkpoints, finished stages and the final model.
+        model: A new model.
+        base: Instead of a new one: the checkpoint to go on from, a folder or "tiny-llava-scenes".
+        methods: What is plugged into it, as `config.json` stores it; weights of methods are trained in every stage.
         scored_per_family: Test questions per family for the model card.
         note: What a reader of the model card must know about the run; printed there as it stands.
         overwrite: Drop what an earlier run left in `output`.
@@ -59,8 +64,10 @@ class Recipe:
 
     output: str
     seed: int
-    model: ModelSpec
     stages: list[Stage]
+    model: ModelSpec | None = None
+    base: str | None = None
+    methods: list[dict[str, Any]] = field(default_factory=list)
     scored_per_family: int = 500
     note: str = ""
     overwrite: bool = False
@@ -68,6 +75,10 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.stages:
             raise ValueError("a recipe needs at least one stage")
+        if (self.model is None) == (self.base is None):
+            raise ValueError("a recipe needs either the sizes of a new model, under `model`, or a checkpoint as `base`")
+        for method in self.methods:
+            MethodConfig.from_dict(method)
 
 
 def recipe_names() -> list[str]:
@@ -89,7 +100,8 @@ def load_recipe(recipe: str | Path, overrides: list[str] | tuple[str, ...] = ())
     for override in overrides:
         _override(raw, override)
     fields = dict(_checked(Recipe, raw, str(path)))
-    fields["model"] = ModelSpec(**_checked(ModelSpec, fields["model"], "model"))
+    if fields.get("model") is not None:
+        fields["model"] = ModelSpec(**_checked(ModelSpec, fields["model"], "model"))
     if not isinstance(fields["stages"], list):
         raise ValueError(f"stages must be a list, got {type(fields['stages']).__name__}")
     fields["stages"] = [Stage(**_checked(Stage, stage, "stages")) for stage in fields["stages"]]

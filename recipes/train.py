@@ -26,6 +26,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+import mllm_vision as mv
 from mllm_vision.eval.evaluation import evaluate
 from mllm_vision.eval.tasks.scenes import Scenes
 from mllm_vision.recipes.objectives import (
@@ -39,6 +40,8 @@ from mllm_vision.recipes.objectives import (
 from mllm_vision.recipes.publish import STAGE_RECORD, publish
 from mllm_vision.recipes.recipe import Recipe, Stage, load_recipe
 from mllm_vision.recipes.tiny_model import build_model, build_processor
+from mllm_vision.registry import MethodConfig
+from mllm_vision.slotted import SlottedModel
 
 _HELD_OUT = 160  # validation scenes looked at during training
 _ASKED = 60  # questions a family during training
@@ -94,8 +97,12 @@ def _claim(plan: Recipe, output: Path) -> None:
 def _load(plan: Recipe, previous: Path | None) -> tuple[PreTrainedModel, ProcessorMixin]:
     if previous is not None:
         return AutoModelForImageTextToText.from_pretrained(previous), AutoProcessor.from_pretrained(previous)
+    methods = [MethodConfig.from_dict(method) for method in plan.methods]
+    if plan.base is not None:
+        return mv.load(plan.base, *methods)
     processor = build_processor(plan.model.side, plan.model.vision["patch_size"])
-    return build_model(plan.model.vision, plan.model.text, processor), processor
+    model = build_model(plan.model.vision, plan.model.text, processor)
+    return (mv.apply(model, *methods) if methods else model), processor
 
 
 def _run_stage(plan: Recipe, stage: Stage, model: PreTrainedModel, processor: ProcessorMixin, done: Path) -> None:
@@ -171,7 +178,7 @@ def _answers_trainer(
     return AnswerTrainer(
         model,
         arguments,
-        data_collator=AnswerCollator(processor),
+        data_collator=AnswerCollator(processor, model.vision_slots.added if isinstance(model, SlottedModel) else 0),
         train_dataset=AnswerScenes("train", stage.first_scene, length, side, stage.turns),
         eval_dataset=AnswerScenes("validation", 0, _HELD_OUT, side, stage.turns),
         processing_class=processor,
@@ -222,3 +229,5 @@ def _freeze_all_but(model: torch.nn.Module, names: list[str]) -> None:
     model.requires_grad_(False)
     for name in names:
         model.get_submodule(name).requires_grad_(True)
+    if isinstance(model, SlottedModel):
+        model.vision_slots.requires_grad_(True)

@@ -66,7 +66,8 @@ def test_tiles_on_their_own_grid_are_encoded_as_by_the_stock_method():
     images = {name: inputs[name] for name in ("pixel_values", "image_sizes")}
     layouts = adapter.layouts(model, images)
     stock = adapter.encode(model, images, layouts, [layout.grid for layout in layouts])
-    ours = adapter._encode_resized(model, images, [layout.grid for layout in layouts])
-    for layout, expected, encoded in zip(layouts, stock, ours, strict=True):
+    projected, maps = adapter._encode_resized(model, images, [layout.grid for layout in layouts])
+    for i, (layout, expected) in enumerate(zip(layouts, stock, strict=True)):
         shown = layout.place >= 0
-        torch.testing.assert_close(encoded[shown], expected.on_patches[shown])
+        torch.testing.assert_close(projected[i].flatten(0, 1)[shown], expected.on_patches[shown])
+        torch.testing.assert_close(maps[i], expected.maps)

@@ -28,9 +28,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, gelu, linear, scaled_dot_product_attention
 
-from mllm_vision.registry import MethodConfig
+from mllm_vision.operations import AddedTokens, PluggedConfig, TowerFacts
 
 __all__ = ["SpatialTokens", "SpatialTokensConfig", "from_authors"]
+
+SIDE = 24
+"""Side of the grid where the tower has none of its own: that of the authors' tower."""
 
 DETAILS = 5
 """Places a side that the details are taken at: 5 x 5 in the authors' code."""
@@ -39,30 +42,43 @@ AUTHORS_KERNEL = re.compile(r"conv_([1-9]\d*)(\.1)?\.weight")
 
 
 @dataclass(kw_only=True)
-class SpatialTokensConfig(MethodConfig, type="spatial_tokens", kind="projector", paper="arXiv 2507.00505"):
+class SpatialTokensConfig(PluggedConfig, type="spatial_tokens", kind="projector", paper="arXiv 2507.00505"):
     """Add a token a scale, computed from the tower's whole map of patches by weights that have to be trained.
 
     Args:
         variant: "cropping" sees growing crops around the centre, and details through cross-attention (the variant of
             the authors' quick start, for detail); "pooling" sees the whole image, pooled from coarse to fine.
-        channels: Width of the spatial branch (the authors' code: 512).
-        scales: Tokens to add to an image (paper: 6; it also tries 3 and 12).
+        channels: Width of the spatial branch (the authors' code: 512); its size and cost grow with it.
+        scales: Tokens to add to an image, or to each of its tiles (paper: 6; it also tries 3 and 12).
+        side: Side of the square grid that the kernels are made for, onto which a map of any other grid is brought by
+            average pooling; None is the tower's own grid, or 24 where that depends on the image.
     """
 
     variant: Literal["pooling", "cropping"] = "cropping"
     channels: int = 512
     scales: int = 6
+    side: int | None = None
 
     needs_weights = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("channels", "scales"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        for name in ("channels", "scales", "side"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be 1 or more, got {value}")
+
+    def check(self, tower: TowerFacts) -> None:
+        scale_sizes(self.grid(tower), self.scales)
+
+    def build(self, tower: TowerFacts) -> SpatialTokens:
+        return SpatialTokens(self, self.grid(tower), tower.width, tower.out)
+
+    def grid(self, tower: TowerFacts) -> tuple[int, int]:
+        """(H, W) that the kernels are made for."""
+        return tower.grid or (SIDE, SIDE) if self.side is None else (self.side, self.side)
 
 
-class SpatialTokens(nn.Module):
+class SpatialTokens(AddedTokens):
     """The spatial tokens of images that lie on one grid; the kernels are made for that grid.
 
     Args:
@@ -76,9 +92,8 @@ class SpatialTokens(nn.Module):
     """
 
     def __init__(self, config: SpatialTokensConfig, grid: tuple[int, int], width: int, out: int):
-        super().__init__()
+        super().__init__(grid, config.scales)
         cropping = config.variant == "cropping"
-        self.grid = grid
         self.width = width
         self.sizes = scale_sizes(grid, config.scales)
         self.see = centre_crop if cropping else adaptive_avg_pool2d

@@ -7,7 +7,7 @@ from mllm_vision.operations import TowerFacts, coarse_grid
 from mllm_vision.reducers import CLSTopKConfig, DownsampleConfig, PoolConfig, RandomConfig
 from mllm_vision.tokens import AttentionFromCLS, VisualTokens
 
-TOWER = TowerFacts(depth=8, has_cls=True, object_layer=2, deep_layer=-2, image_tokens=24)
+TOWER = TowerFacts(depth=8, has_cls=True, object_layer=2, deep_layer=-2, width=6, out=5, image_tokens=24)
 
 
 def tokens(images=2, grid=(4, 6), tiles=1, patches=None):
@@ -77,7 +77,7 @@ def test_cls_topk_keeps_the_most_attended_in_raster_order():
 
 def test_cls_topk_needs_a_cls_token():
     with pytest.raises(ValueError, match="cls_topk needs a tower with a CLS token"):
-        CLSTopKConfig(keep=5).check(TowerFacts(depth=8, has_cls=False, object_layer=2, deep_layer=-2))
+        CLSTopKConfig(keep=5).check(TowerFacts(depth=8, has_cls=False, object_layer=2, deep_layer=-2, width=6, out=5))
 
 
 def test_random_depends_on_the_seed_and_on_nothing_else():

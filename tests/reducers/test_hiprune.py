@@ -8,7 +8,7 @@ from mllm_vision.reducers import HIPRUNE_ROLES, HiPruneConfig, hierarchical_role
 from mllm_vision.tokens import AttentionReceived, VisualTokens
 
 DROPPED, REGISTER, BUFFER, ANCHOR = range(4)
-TOWER = TowerFacts(depth=24, has_cls=True, object_layer=8, deep_layer=-2, image_tokens=576)
+TOWER = TowerFacts(depth=24, has_cls=True, object_layer=8, deep_layer=-2, width=6, out=5, image_tokens=576)
 
 
 def slow_roles(objects, scene, present, grid, keep, anchors, wrap):
