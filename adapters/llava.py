@@ -68,7 +68,8 @@ class LlavaAdapter(Adapter):
         seen = model.model.get_image_features(pixel_values=pixels, return_dict=True, **options)
         maps = patch_maps(seen.hidden_states, grids[0], model.config, images)
         first = int(keeps_cls(model.config, images))
-        return [Encoded(image[first:], image[:first], m[None]) for image, m in zip(seen.pooler_output, maps, strict=True)]
+        by_image = zip(seen.pooler_output, maps, strict=True)
+        return [Encoded(tokens[first:], tokens[:first], patches[None]) for tokens, patches in by_image]
 
     def by_patch(
         self, model: PreTrainedModel, heard: list[Tensor], images: dict[str, Any], grids: Sequence[tuple[int, int]]
@@ -109,7 +110,7 @@ def feature_layers(config: PreTrainedConfig, images: dict[str, Any]) -> list[int
 
 
 def patch_maps(
-    states: Sequence[Tensor] | dict[int, Tensor], grid: tuple[int, int], config: PreTrainedConfig, images: dict[str, Any]
+    states: Sequence[Tensor], grid: tuple[int, int], config: PreTrainedConfig, images: dict[str, Any]
 ) -> Tensor:
     """What the projector takes of the tower's hidden ``states``, (tiles, H * W, C), without CLS."""
     chosen = [states[layer][:, -grid[0] * grid[1] :] for layer in feature_layers(config, images)]

@@ -81,7 +81,8 @@ class Qwen25VLAdapter(Adapter):
             pixels = torch.cat([resize_patches(p, old, new, model.config.vision_config) for p, old, new in per_image])
             grid_thw = smaller
         features = model.model.get_image_features(pixels, grid_thw, return_dict=True).pooler_output
-        return [Encoded(image, image[:0], image[None]) for image in features]  # the merger is tower and projector in one
+        # The merger, which is the projector, takes patches in the order of windows: the map is what it makes of them.
+        return [Encoded(image, image[:0], image[None]) for image in features]
 
     def by_patch(
         self, model: PreTrainedModel, heard: list[Tensor], images: dict[str, Any], grids: Sequence[tuple[int, int]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
@@ -13,6 +14,8 @@ from mllm_vision.host import adapter_for
 from mllm_vision.operations import AddedTokens, ImageOperation, PluggedConfig, TokenOperation, TowerFacts
 from mllm_vision.registry import MethodConfig
 from mllm_vision.tokens import Evidence
+
+log = logging.getLogger(__name__)
 
 CONFIG_VERSION = 1
 """Version of what `config.json` stores under ``mllm_vision``."""
@@ -69,12 +72,14 @@ class Slots(nn.Module):
         return next((place for held, place in zip(self.methods, self.places, strict=True) if held == method), None)
 
     def match(self, model: PreTrainedModel, keep: Slots | None) -> None:
-        """Bring the weights that ``keep`` does not hold to the device and dtype of what they stand beside."""
+        """Bring new weights, which ``keep`` does not hold, to the model's dtype and its projector's device."""
         held = set() if keep is None else set(keep.modules())
         device = _device(adapter_for(model.config).projector(model))
-        for module in (self.projector, *self.operations):
-            if module is not None and module not in held:
+        for method, place in zip(self.methods, self.places, strict=True):
+            module = self.get_submodule(place)
+            if method.needs_weights and module not in held:
                 module.to(device, model.dtype)
+                log.warning("%s starts from untrained weights: train it before you trust an answer", method.type)
 
     @property
     def added(self) -> int:

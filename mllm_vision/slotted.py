@@ -143,8 +143,8 @@ class SlottedModel(PreTrainedModel, GenerationMixin):
         stays = fit.keeps(ids.shape[1])
         if not by_column and not stays:
             raise ValueError(
-                f"attention_mask must be (batch, length) where the prompt has more or fewer placeholders than its images "
-                f"have tokens, got {tuple(mask.shape)}"
+                "attention_mask must be (batch, length) where images have more or fewer tokens than placeholders, got "
+                f"{tuple(mask.shape)}"
             )
         fitted = {name: value for name, value in inputs.items() if name not in adapter.image_inputs}
         if inputs.get("position_ids") is None:

@@ -90,7 +90,7 @@ def test_a_refused_method_leaves_the_model_as_it_was():
     expected = answer(model)
     with pytest.raises(ValueError, match=r"keep must be in 1..36"):
         mv.apply(model, HiPruneConfig(keep=37))
-    with pytest.raises(ValueError, match="only one method can resize the image, .* downsample, downsample"):
+    with pytest.raises(ValueError, match=r"only one method can resize the image, .* downsample, downsample"):
         mv.apply(model, DownsampleConfig(keep=9), DownsampleConfig(keep=4))
     with pytest.raises(TypeError, match=r"expected a method config such as HiPruneConfig\(keep=192\), got 'hiprune'"):
         mv.apply(model, "hiprune")

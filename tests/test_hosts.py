@@ -66,11 +66,12 @@ def projector(model: PreTrainedModel):
     return next(m for name, m in model.named_modules() if name.endswith(("multi_modal_projector", "merger")))
 
 
-def prune_by_hand(host: Host, stock: PreTrainedModel, inputs, kept) -> list[tuple[torch.Tensor, ...]]:
+def prune_by_hand(host: Host, stock: PreTrainedModel, inputs, kept, added=()) -> list[tuple[torch.Tensor, ...]]:
     """For each row its pruned prompt: kept columns (M,), embeddings (1, M, D), and positions (axes, 1, M) or None.
 
     Args:
         kept: The patches kept of each image, as lists.
+        added: What each image begins with, (n, D), if anything.
     """
     features = stock.get_image_features(**image_inputs(inputs), return_dict=True).pooler_output
     embed, image_token = stock.get_input_embeddings(), stock.config.image_token_id
@@ -84,6 +85,9 @@ def prune_by_hand(host: Host, stock: PreTrainedModel, inputs, kept) -> list[tupl
                 continue
             if not waiting:
                 waiting = list(zip(host.placeholders(inputs, image), features[image], strict=True))
+                if len(added):
+                    columns += [column] * len(added[image])
+                    embeddings += list(added[image])
                 chosen, image = kept[image], image + 1
             patch, feature = waiting.pop(0)
             if patch is None or patch in chosen:
