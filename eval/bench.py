@@ -1,6 +1,6 @@
 """What a method saves: time of every step of an answer, tokens a second, memory, beside what the FLOPs promise.
 
-    mllm-vision bench --shape llava-1.5-7b --layers 2 --reduce hiprune:keep=192
+    mllm-vision bench --shape llava-1.5-7b --layers 2 --plug hiprune:keep=192
 
 Encoding (images to image tokens), prefill (the language model's first pass over the fitted prompt, up to the first new
 token), both as a user waits for them (TTFT), and each further token are measured apart, with the cache on. Baseline
@@ -36,7 +36,7 @@ from mllm_vision.eval.measurement import (
     peak_memory,
     torch_threads,
 )
-from mllm_vision.eval.shapes import MakeInputs, Shape, random_pictures
+from mllm_vision.eval.shapes import MakeInputs, Shape, random_pictures, sharing_weights
 from mllm_vision.prompts import question_parts, write_prompt
 from mllm_vision.registry import MethodConfig
 
@@ -100,9 +100,9 @@ def bench(
     Returns:
         What `report` and `draw` show, as JSON holds it: ``environment``, ``settings`` and ``rows``, one for each batch
         and candidate. Of a row, ``seconds`` has the median, min and max of each step, ``tokens_per_second`` counts new
-        tokens of the whole batch after the first, ``memory`` is in MB (None where the system does not tell), ``flops``
-        is by step, ``ratios`` are to the baseline, and ``over_flops`` is the ratio of times over that of FLOPs: 1 where
-        time fell as the FLOPs say.
+        tokens of the whole batch after the first, ``added_parameters`` are those of the methods, ``memory`` is in MB
+        (None where the system does not tell), ``flops`` is by step, ``ratios`` are to the baseline, and ``over_flops``
+        is the ratio of times over that of FLOPs: 1 where time fell as the FLOPs say.
 
     Raises:
         ValueError: nothing to measure, an unknown device, or a model that is too large for it.
@@ -127,10 +127,11 @@ def bench(
         # Processes of their own, before this one holds the model, too.
         resident = [{} if place.type == "cuda" else run.resident(batch) for batch in batches]
         model, make_inputs = source.load(place, run.dtype, seed)
+        models = {name: mv.apply(sharing_weights(model), *methods) for name, methods in candidates.items()}
         rows = [
             row
             for batch, memory in zip(batches, resident, strict=True)
-            for row in run.rows(model, make_inputs(batch), batch, memory)
+            for row in run.rows(models, make_inputs(batch), batch, memory)
         ]
         settings = {**run.settings(model), "batches": list(batches)}
         return {"environment": environment(), "settings": settings, "rows": rows}
@@ -171,17 +172,26 @@ class _Run:
         }
 
     def rows(
-        self, model: PreTrainedModel, inputs: BatchFeature, batch: int, resident: Mapping[str, dict[str, float]]
+        self,
+        models: Mapping[str, PreTrainedModel],
+        inputs: BatchFeature,
+        batch: int,
+        resident: Mapping[str, dict[str, float]],
     ) -> list[dict[str, Any]]:
-        """One row for each candidate."""
+        """One row for each candidate, whose model shares all stock weights with those of the others."""
         sizes: dict[str, dict[str, Any]] = {}
-        for name, methods in self.candidates.items():  # a run of each, which warms up, too
-            with mv.using(model, *methods):
-                tokens, length = prompt_lengths(model, inputs)
+        for name, model in models.items():  # a run of each, which warms up, too
+            tokens, length = prompt_lengths(model, inputs)
             with counting_flops() as clock:
-                flops = asdict(self.answer(model, inputs, methods, clock))
-            sizes[name] = {"visual_tokens": tokens, "prompt_tokens": length, "flops": flops}
-        pairs = self.pairs(model, inputs)
+                flops = asdict(measure_steps(model, inputs, self.new_tokens, clock))
+            added = sum(parameter.numel() for parameter in model.vision_slots.parameters())
+            sizes[name] = {
+                "visual_tokens": tokens,
+                "prompt_tokens": length,
+                "added_parameters": added,
+                "flops": flops,
+            }
+        pairs = self.pairs(models, inputs)
         rows: list[dict[str, Any]] = []
         for name, methods in self.candidates.items():
             seconds = {step: _spread([getattr(ours, step) for _, ours in pairs[name]]) for step in STEPS}
@@ -192,7 +202,7 @@ class _Run:
                 **sizes[name],
                 "seconds": seconds,
                 "tokens_per_second": batch / seconds["decode"]["median"],
-                "memory": self.allocated(model, inputs, methods) if self.device.type == "cuda" else resident.get(name),
+                "memory": self.allocated(models[name], inputs) if self.device.type == "cuda" else resident.get(name),
                 "ratios": None,
                 "over_flops": None,
             }
@@ -201,10 +211,12 @@ class _Run:
             rows.append(row)
         return rows
 
-    def pairs(self, model: PreTrainedModel, inputs: BatchFeature) -> dict[str, list[tuple[Steps, Steps]]]:
+    def pairs(
+        self, models: Mapping[str, PreTrainedModel], inputs: BatchFeature
+    ) -> dict[str, list[tuple[Steps, Steps]]]:
         """By candidate, the baseline's steps and its own of each turn; the baseline itself has those of all turns."""
         clock = clock_of(self.device)
-        runs = [partial(self.answer, model, inputs, methods, clock) for methods in self.candidates.values()]
+        runs = [partial(measure_steps, model, inputs, self.new_tokens, clock) for model in models.values()]
         names = list(self.candidates)
         pairs: dict[str, list[tuple[Steps, Steps]]] = {names[0]: []}
         for name, run in zip(names[1:], runs[1:], strict=True):
@@ -216,20 +228,11 @@ class _Run:
             pairs[names[0]] = [(alone, alone) for (alone,) in turns]
         return pairs
 
-    def answer(
-        self, model: PreTrainedModel, inputs: BatchFeature, methods: Sequence[MethodConfig], clock: Clock
-    ) -> Steps:
-        """One answer, measured."""
-        with mv.using(model, *methods):
-            return measure_steps(model, inputs, self.new_tokens, clock)
-
-    def allocated(
-        self, model: PreTrainedModel, inputs: BatchFeature, methods: Sequence[MethodConfig]
-    ) -> dict[str, float]:
+    def allocated(self, model: PreTrainedModel, inputs: BatchFeature) -> dict[str, float]:
         """MB of the GPU that are allocated before an answer, and at most during it."""
         torch.cuda.reset_peak_memory_stats(self.device)
         loaded = torch.cuda.memory_allocated(self.device)
-        self.answer(model, inputs, methods, clock_of(self.device))
+        measure_steps(model, inputs, self.new_tokens, clock_of(self.device))
         return {"loaded": loaded / 1e6, "peak": torch.cuda.max_memory_allocated(self.device) / 1e6}
 
     def resident(self, batch: int) -> dict[str, dict[str, float]]:
@@ -243,8 +246,8 @@ class _Run:
         disable_progress_bar()  # the one who waits sees that of the model he measures
         with torch_threads(self.threads), torch.inference_mode():
             model, make_inputs = self.source.load(self.device, self.dtype, self.seed)
-            inputs = make_inputs(batch)
-            loaded, peak = peak_memory(lambda: self.answer(model, inputs, methods, Clock()))
+            mv.apply(model, *methods)
+            loaded, peak = peak_memory(partial(measure_steps, model, make_inputs(batch), self.new_tokens, Clock()))
         return {"loaded": loaded, "peak": peak}
 
 

@@ -59,7 +59,8 @@ def _costs(row: dict[str, Any]) -> str:
     if memory is not None:
         above = (memory["peak"] - memory["loaded"]) / 1e3
         peak = f"{memory['peak'] / 1e3:.2f} GB at most ({above:.2f} above the model)"
-    return f"{row['visual_tokens']} visual tokens, {row['tokens_per_second']:.1f} tokens/s, {peak}"
+    added = f"{row['added_parameters'] / 1e9:.3f} G parameters more, " if row["added_parameters"] else ""
+    return f"{row['visual_tokens']} visual tokens, {added}{row['tokens_per_second']:.1f} tokens/s, {peak}"
 
 
 def _table(row: dict[str, Any]) -> Table:

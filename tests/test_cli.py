@@ -216,7 +216,7 @@ def test_sweep_writes_its_record_and_picture(tmp_path):
 def test_bench_writes_what_it_measured(tmp_path):
     files = ("--out", tmp_path / "bench.json", "--plot", tmp_path / "bench.png")
     fast = ("--repeats", 1, "--new-tokens", 2, "--size", 140, 140, "--device", "cpu")
-    result = run("bench", "tiny-llava-scenes", "--reduce", "hiprune:keep=33", *fast, *files)
+    result = run("bench", "tiny-llava-scenes", "--plug", "hiprune:keep=33", *fast, *files)
     assert result.exit_code == 0, result.output
     rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
     assert [(row["name"], row["visual_tokens"]) for row in rows] == [("all tokens", 100), ("hiprune:keep=33", 33)]
@@ -233,7 +233,7 @@ def test_bench_writes_what_it_measured(tmp_path):
         ((NOWHERE, "--layers", 2), "--layers cuts a --shape"),
         ((NOWHERE, "--batch", "1,many"), "--batch takes numbers, as 1,4, got '1,many'"),
         ((NOWHERE, "--batch", "0"), "batches and repeats of 1 or more"),
-        ((NOWHERE, "--reduce", "hiprune"), "hiprune needs keep"),
+        ((NOWHERE, "--plug", "hiprune"), "hiprune needs keep"),
         (("--shape", "llava-9"), "llava-1.5-7b"),
         (("--shape", "llava-1.5-7b", "--layers", 0), "layers"),
     ],

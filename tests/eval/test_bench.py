@@ -15,6 +15,7 @@ from mllm_vision.eval import measurement, shapes
 from mllm_vision.eval.bench import STEPS, Checkpoint, bench
 from mllm_vision.eval.bench_report import draw, milliseconds, report
 from mllm_vision.eval.measurement import Steps
+from mllm_vision.projectors import SpatialTokensConfig
 from mllm_vision.reducers import HiPruneConfig, PoolConfig
 from tests.eval.toy_shapes import toy_shape
 
@@ -144,6 +145,19 @@ def test_a_baseline_alone_is_measured_without_ratios():
     rows = bench(SHAPE, {"all tokens": []}, repeats=2, new_tokens=2, device="cpu")["rows"]
     assert len(rows) == 1 and rows[0]["ratios"] is None
     assert rows[0]["seconds"]["prefill"]["median"] > 0
+
+
+def test_added_tokens_count_with_what_they_cost():
+    added = SpatialTokensConfig(variant="pooling", channels=4, scales=2)
+    candidates = {"all": [], "added": [added], "added and pruned": [added, HIPRUNE]}
+    found = bench(SHAPE, candidates, repeats=1, new_tokens=2, device="cpu")
+    rows = found["rows"]
+    assert [(row["visual_tokens"], row["prompt_tokens"]) for row in rows] == [(16, 56), (18, 58), (6, 46)]
+    vision, text = SHAPE.config["vision_config"], SHAPE.config["text_config"]
+    own = 4 * vision["hidden_size"] * (2 * 2 + 4 * 4) + 4 * text["hidden_size"]
+    assert [row["added_parameters"] for row in rows] == [0, own, own]
+    assert rows[1]["flops"]["encode"] - rows[0]["flops"]["encode"] == 2 * (own + 4 * text["hidden_size"])  # two tokens
+    assert f"18 visual tokens, {own / 1e9:.3f} G parameters more, " in shown(found)
 
 
 def test_a_trained_model_answers_through_its_own_processor():
