@@ -469,6 +469,26 @@ def overhead(
     costs.main(repeats, out, overwrite)
 
 
+@app.command()
+def convert(
+    name: Annotated[str, typer.Argument(help="Whose layout it is; an unknown name lists those that are known.")],
+    source: Annotated[str, typer.Argument(metavar="SRC", help="The authors' checkpoint, a folder or a hub id.")],
+    out: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write.")],
+    base: Annotated[
+        str | None,
+        typer.Option(help="For LoRA, the model it was trained on, a folder or a hub id; else what it names."),
+    ] = None,
+    tower: Annotated[
+        str | None, typer.Option(help="The vision tower, a folder or a hub id; else what config.json names.")
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Make a folder that from_pretrained loads of a checkpoint as its authors published it."""
+    from mllm_vision.convert import convert as converted
+
+    typer.echo(converted(name, source, out, base=base, tower=tower, overwrite=overwrite))
+
+
 def _methods(
     reduce: str | None, keep: str | None, settings: list[str] | None, decode: str | None = None
 ) -> list[MethodConfig]:

@@ -154,7 +154,8 @@ class Adapter(ABC):
 def adapters() -> dict[str, Adapter]:
     """Every host family that is installed, by model type."""
     package = importlib.import_module("mllm_vision.adapters")
-    modules = [importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
+    names = [found.name for found in pkgutil.iter_modules(package.__path__) if not found.ispkg]
+    modules = [importlib.import_module(f"{package.__name__}.{name}") for name in names]
     modules += [point.load() for point in entry_points(group=ENTRY_POINT_GROUP)]
     return {module.ADAPTER.model_type: module.ADAPTER for module in modules}
 
