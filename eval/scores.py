@@ -11,7 +11,7 @@ Shapes: U units, R resamples.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -148,6 +148,24 @@ def differences(task: Task, before: Tallies, after: Tallies, *, seed: int = 0) -
 
     n = len(before.units)
     return _with_intervals(difference(np.ones((1, n))), _resampled(difference, n, seed))
+
+
+def seeds_against(
+    task: Task, runs: Sequence[Tallies], baseline: Sequence[Tallies], *, seed: int = 0
+) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
+    """``scores`` of runs that differ by chance, together, and their ``differences`` to a baseline's, for JSON.
+
+    The tallies of the runs are averaged unit by unit, so the intervals are about the questions, not about the seeds.
+    """
+    mean, theirs = Tallies.mean(runs), Tallies.mean(baseline)
+    found = {
+        "scores": scored(task, mean, seed=seed),
+        "differences": differences(task, *theirs.comparable(mean), seed=seed),
+    }
+    return {
+        kind: {group: {name: asdict(score) for name, score in row.items()} for group, row in groups.items()}
+        for kind, groups in found.items()
+    }
 
 
 def _scores(task: Task, tallies: Tallies, weights: np.ndarray) -> Scores:

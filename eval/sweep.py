@@ -11,7 +11,7 @@ import json
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from mllm_vision.eval.environment import environment
 from mllm_vision.eval.evaluation import data_folder, evaluate
 from mllm_vision.eval.measurement import clock_of, measure_steps
 from mllm_vision.eval.report import TaskResult
-from mllm_vision.eval.scores import LEVEL, RESAMPLES, Score, Tallies, differences, scored
+from mllm_vision.eval.scores import LEVEL, RESAMPLES, seeds_against
 from mllm_vision.eval.task import Example, Task
 from mllm_vision.registry import MethodConfig, config_class, methods
 from mllm_vision.settings import parse_spec, spec
@@ -143,26 +143,13 @@ def sweep(
                 "tokens": times[i][0],
                 "first_token_ms": times[i][1],
                 "seeds": [result.headline.value for result in found],
-                **_scores(task, [result.tallies for result in found], everything, seed),
+                **seeds_against(task, [result.tallies for result in found], [everything], seed=seed),
             }
             for i, (point, found) in enumerate(zip(points, results, strict=True))
         ],
     }
     (out / RESULTS).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return record
-
-
-def _scores(task: Task, runs: Sequence[Tallies], everything: Tallies, seed: int) -> dict[str, Any]:
-    """Scores of a point's runs together and their differences to those of all tokens, each with its interval."""
-    mean = Tallies.mean(runs)
-    return {
-        "scores": _plain(scored(task, mean, seed=seed)),
-        "differences": _plain(differences(task, *everything.comparable(mean), seed=seed)),
-    }
-
-
-def _plain(scores: dict[str, dict[str, Score]]) -> dict[str, Any]:
-    return {group: {name: asdict(score) for name, score in row.items()} for group, row in scores.items()}
 
 
 def _first_token_times(

@@ -130,6 +130,7 @@ class KeptTokens:
         patch_index: (N,) row-major patches of the tile that the tokens sit on, in the order of the prompt.
         patch_count: (N,) patches folded into each token.
         roles: for each token the name of the role a method gave it, or None where the methods name no roles.
+        added: how many tokens, which sit on no patch, a projector added to those of the tile.
     """
 
     image: int
@@ -138,6 +139,7 @@ class KeptTokens:
     patch_index: Tensor
     patch_count: Tensor
     roles: list[str] | None
+    added: int
 
 
 @torch.no_grad()
@@ -166,7 +168,7 @@ def inspect_tokens(model: nn.Module, **inputs: Any) -> list[KeptTokens]:
         for tile in range(tokens.tiles):
             inside = index // size == tile
             roles = None if named is None else [named[0].names[role] for role in named[1][index[inside]].tolist()]
-            kept.append(KeptTokens(number, tile, tokens.grid, index[inside] % size, count[inside], roles))
+            kept.append(KeptTokens(number, tile, tokens.grid, index[inside] % size, count[inside], roles, slots.added))
     return kept
 
 

@@ -108,7 +108,8 @@ def ask(
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     host.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
     used, of = (sum(len(tile.patch_index) for tile in tiles) for tiles in (kept, everything))
-    typer.echo(f"{used} of {of} visual tokens", err=True)
+    added = sum(tile.added for tile in kept)
+    typer.echo(f"{used} of {of} visual tokens{f', and {added} added' if added else ''}", err=True)
     if picture is not None:
         picture.parent.mkdir(parents=True, exist_ok=True)
         draw_batch(images, kept, inputs, processor.image_processor).save(picture)
@@ -336,6 +337,26 @@ def train(
 
 
 @app.command()
+def study(
+    study: Annotated[str, typer.Argument(help="Name of a study that comes along, or a YAML file.")],
+    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train a recipe in several ways with several seeds and compare, or go on with it where it stopped."""
+    from rich.console import Console
+
+    from mllm_vision.recipes.study import load_study, report, run_study
+
+    if out is not None and out.exists() and not overwrite:
+        raise typer.BadParameter(f"{out} exists; add --overwrite to replace it")
+    record = run_study(load_study(study), typer.echo)
+    Console().print(report(record))
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the results and the pictures.")] = Path("mllm-vision-demo"),
     n: Annotated[int, typer.Option(min=1, help="Number of questions.")] = 96,
@@ -380,10 +401,11 @@ def bench(
         str | None, typer.Option(help="Instead of a model, a published geometry with random weights, as llava-1.5-7b.")
     ] = None,
     layers: Annotated[int | None, typer.Option(help="Layers of the shape's language model to run; else all.")] = None,
-    reduce: Annotated[
-        list[str] | None, typer.Option(help="Reducer to measure, as hiprune:keep=192; repeat for several.")
+    plug: Annotated[
+        list[str] | None,
+        typer.Option(help="Methods to measure, as hiprune:keep=192 or spatial_tokens+pool:keep=1/3; repeatable."),
     ] = None,
-    against: Annotated[str | None, typer.Option(help="Reducer to compare with; else all tokens.")] = None,
+    against: Annotated[str | None, typer.Option(help="Methods to compare with; else the model as it is.")] = None,
     batch: Annotated[str, typer.Option(help="Prompts answered together, as 1,4.")] = "1",
     repeats: Annotated[int, typer.Option(min=1, help="Pairs of runs a ratio is the median of.")] = 7,
     new_tokens: Annotated[int, typer.Option(min=2, help="Length of an answer.")] = 16,
@@ -400,7 +422,7 @@ def bench(
     ] = Dtype.auto,
     overwrite: Overwrite = False,
 ) -> None:
-    """Measure what reducers save: time of every step of an answer, memory, and what the FLOPs promise."""
+    """Measure what methods cost and save: time of every step of an answer, memory, and what the FLOPs promise."""
     from dataclasses import replace
 
     import torch
@@ -433,8 +455,8 @@ def bench(
     if size is not None:
         source = replace(source, picture=size)
     baseline = "all tokens" if against is None else against
-    candidates = {baseline: [] if against is None else parse_methods(against, "reducer")}
-    candidates |= {line: parse_methods(line, "reducer") for line in reduce or []}
+    candidates = {baseline: [] if against is None else parse_methods(against)}
+    candidates |= {line: parse_methods(line) for line in plug or []}
     console = Console()
     with console.status("measuring, some minutes"):
         result = measured(

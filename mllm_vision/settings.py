@@ -89,9 +89,13 @@ def parse_value(text: str) -> Any:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether ``value`` is of a field's type: a plain type, a `Literal`, or a union of them. A bool is no number."""
+    """Whether ``value`` is of a field's type: plain, a `Literal`, a list, a dict or a union. A bool is no number."""
     if get_origin(hint) is Literal:
         return value in get_args(hint)
+    if get_origin(hint) is list:
+        return isinstance(value, list) and all(_fits(item, *get_args(hint)) for item in value)
+    if get_origin(hint) is dict:
+        return isinstance(value, dict) and all(all(map(_fits, pair, get_args(hint))) for pair in value.items())
     if get_args(hint):
         return any(_fits(value, part) for part in get_args(hint))
     if isinstance(value, bool):
@@ -102,6 +106,11 @@ def _fits(value: Any, hint: Any) -> bool:
 def _words(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(map(repr, get_args(hint)))
+    if get_origin(hint) is list:
+        return f"a list, each {_words(*get_args(hint))}"
+    if get_origin(hint) is dict:
+        key, value = map(_words, get_args(hint))
+        return f"a mapping, each key {key}, each value {value}"
     if get_args(hint):
         return " or ".join(map(_words, get_args(hint)))
     return "None" if hint is type(None) else f"of type {hint.__name__}"

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 import mllm_vision as mv
 from mllm_vision import cli
 from mllm_vision.cli import app
+from mllm_vision.projectors import SpatialTokensConfig
 from mllm_vision.prompts import question_parts, write_prompt
 from mllm_vision.reducers import HiPruneConfig
 from mllm_vision.scenes.export import CONVERSATIONS
@@ -64,6 +65,15 @@ def test_ask_prints_what_generate_answers(folder, image):
     answer = processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert result.stdout.strip() == answer.strip()
     assert result.stderr.splitlines()[-1] == "9 of 36 visual tokens"
+
+
+def test_ask_tells_added_tokens_from_kept_ones(folder, image, tmp_path):
+    model, processor = mv.load(folder, SpatialTokensConfig(channels=4, scales=3))
+    processor.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    result = ask(tmp_path, image, "--reduce", "hiprune", "--keep", "9", "--max-new-tokens", "1")
+    assert result.exit_code == 0, result.output
+    assert result.stderr.splitlines()[-1] == "9 of 36 visual tokens, and 3 added"
 
 
 def test_ask_with_all_tokens_and_with_a_share(folder, image):

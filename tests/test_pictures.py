@@ -17,7 +17,7 @@ GREY = 200
 
 def kept_tokens(grid, patches, counts=None, roles=None, tile=0):
     counts = [1] * len(patches) if counts is None else counts
-    return KeptTokens(0, tile, grid, torch.tensor(patches, dtype=torch.long), torch.tensor(counts), roles)
+    return KeptTokens(0, tile, grid, torch.tensor(patches, dtype=torch.long), torch.tensor(counts), roles, 0)
 
 
 def grey_tile(width=40, height=40):

@@ -183,6 +183,17 @@ def test_a_prompt_without_an_image_is_stock(host, model):
     assert_close(mv.apply(model, POOLING)(**inputs).logits, expected, rtol=0, atol=0)
 
 
+@torch.no_grad()
+def test_inspect_tells_what_is_kept_from_what_is_added(host, model):
+    inputs = host.inputs(*mixed_rows())
+    kept = mv.inspect_tokens(mv.apply(model, PRUNER), **inputs)
+    both = mv.inspect_tokens(mv.apply(model, POOLING), **inputs)
+    with_pruner = mv.inspect_tokens(mv.apply(model, PRUNER), **inputs)
+    assert {tile.added for tile in kept} == {0}
+    assert {tile.added for tile in both} == {tile.added for tile in with_pruner} == {POOLING.scales}
+    assert [t.patch_index.tolist() for t in with_pruner] == [t.patch_index.tolist() for t in kept]
+
+
 # --- weights ----------------------------------------------------------------------------------------------------------
 
 

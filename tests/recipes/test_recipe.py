@@ -29,7 +29,7 @@ def test_overrides_reach_a_stage_by_its_name():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("sed=3", "unknown key sed; valid keys are output, seed, model, stages"),
+        ("sed=3", "unknown key sed; valid keys are output, seed, stages, model, base, methods"),
         (
             "stages.towr.arguments.max_steps=7",
             "no stage 'towr'; there are tower, captions, mixed, questions, relations",
@@ -42,6 +42,8 @@ def test_overrides_reach_a_stage_by_its_name():
         ("stages.tower.objective=words", "objective must be one of patch_words, answers, got 'words'"),
         ("stages.tower.arguments.max_steps=0", "stages.tower.arguments needs max_steps of at least 1"),
         ("seed", "must look like key=value"),
+        ("base=tiny-llava-scenes", "either the sizes of a new model, under `model`, or a checkpoint as `base`"),
+        ("methods=[{type: spatial_token}]", "unknown method 'spatial_token'"),
     ],
 )
 def test_a_wrong_override_is_an_error_that_lists_the_right_ones(override, message):

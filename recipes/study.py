@@ -1,0 +1,182 @@
+"""A study: one recipe trained in several ways with several seeds, and what the differences in scores are worth.
+
+Every run is one of the recipe, in a folder of its own, so a study that was cut off goes on where it was. The arms are
+compared with the first one pair by pair, on the same questions.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.box import SIMPLE_HEAD
+from rich.console import RenderableType
+from rich.table import Table
+
+import mllm_vision as mv
+from mllm_vision.eval.environment import environment
+from mllm_vision.eval.evaluation import evaluate
+from mllm_vision.eval.report import TaskResult
+from mllm_vision.eval.scores import LEVEL, RESAMPLES, seeds_against
+from mllm_vision.eval.task import parse_tasks
+from mllm_vision.recipes.publish import STAGE_RECORD
+from mllm_vision.recipes.recipe import RECIPES, Recipe, load_recipe
+from mllm_vision.recipes.train import train
+from mllm_vision.settings import Settings
+
+STUDIES = RECIPES / "studies"
+BEFORE = "before training"
+ANSWERS = "answers"
+
+
+@dataclass(kw_only=True)
+class Study(Settings):
+    """What is compared.
+
+    Args:
+        recipe: Name of a recipe of the library, or the path of a YAML file.
+        output: Folder of the runs, one folder each.
+        task: What the trained models are asked.
+        seeds: Of the runs of each arm.
+        arms: By name, the `key=value` overrides of the recipe that make it; the first is what others are compared with.
+    """
+
+    recipe: str
+    output: str
+    task: str
+    seeds: list[int]
+    arms: dict[str, list[str]]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.seeds or not self.arms:
+            raise ValueError("a study needs seeds and arms, one of each at least")
+
+    def runs(self, arm: str) -> list[Recipe]:
+        """The runs of an arm, one a seed."""
+        return [load_recipe(self.recipe, self.overrides(arm, seed)) for seed in self.seeds]
+
+    def overrides(self, arm: str, seed: int) -> list[str]:
+        """What makes the recipe one run of this study."""
+        return [*self.arms[arm], f"seed={seed}", f"output={Path(self.output) / f'{arm}-{seed}'}"]
+
+
+def study_names() -> list[str]:
+    """The studies that come with the library."""
+    return sorted(path.stem for path in STUDIES.glob("*.yaml"))
+
+
+def load_study(study: str | Path) -> Study:
+    """Read a study, and every recipe that it asks for.
+
+    Args:
+        study: A name from `study_names()` or the path of a YAML file.
+
+    Raises:
+        FileNotFoundError: there is none; the message lists those there are.
+        ValueError: an unknown key, or a recipe that cannot be run.
+    """
+    path = Path(study) if Path(study).suffix in (".yaml", ".yml") else STUDIES / f"{study}.yaml"
+    if not path.is_file():
+        raise FileNotFoundError(f"no study {str(study)!r}; there are {', '.join(study_names())}, or name a YAML file")
+    plan = Study(**yaml.safe_load(path.read_text(encoding="utf-8")))
+    parse_tasks([plan.task])
+    for arm in plan.arms:
+        plan.runs(arm)
+    return plan
+
+
+def run_study(plan: Study, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+    """Train and ask what is not yet trained and asked, and compare.
+
+    Args:
+        say: Is told what is being done.
+
+    Returns:
+        What `report` shows, as JSON holds it: ``environment``, ``study``, ``intervals``, ``before`` (the scores of the
+        checkpoint that the runs begin with, None for a new model) and ``arms``, each with the recipe's ``overrides``,
+        ``parameters``, ``seconds`` of training by seed (None for a run that was resumed), the headline of each of the
+        ``seeds``, ``scores`` of all seeds together and ``differences`` to the first arm.
+    """
+    (task,) = parse_tasks([plan.task])
+    for seed in plan.seeds:
+        for arm in plan.arms:
+            run = load_recipe(plan.recipe, plan.overrides(arm, seed))
+            if not (Path(run.output) / "model").is_dir():
+                say(f"training: {arm}, seed {seed}")
+                train(plan.recipe, plan.overrides(arm, seed))
+    found: dict[str, list[TaskResult]] = {}
+    parameters: dict[str, int] = {}
+    for arm in plan.arms:
+        for run in plan.runs(arm):
+            say(f"asking: {Path(run.output).name}")
+            model, processor = mv.load(Path(run.output) / "model")
+            parameters[arm] = model.num_parameters()
+            asked = evaluate(model, processor, task, out=Path(run.output) / ANSWERS, batch_size=32)
+            found.setdefault(arm, []).append(asked.tasks[task.name])
+    first, *_ = plan.arms
+    return {
+        "environment": environment(),
+        "study": vars(plan),
+        "recipe": {"stages": [asdict(stage) for stage in plan.runs(first)[0].stages]},
+        "intervals": {"level": LEVEL, "resamples": RESAMPLES, "seed": 0},
+        "task": {"name": task.name, "options": vars(task), "headline": list(task.headline)},
+        "before": _before(plan, task.name, say),
+        "arms": {
+            arm: {
+                "overrides": plan.arms[arm],
+                "parameters": parameters[arm],
+                "seconds": [_seconds(run) for run in plan.runs(arm)],
+                "seeds": [result.headline.value for result in results],
+                **seeds_against(task, [r.tallies for r in results], [r.tallies for r in found[first]]),
+            }
+            for arm, results in found.items()
+        },
+    }
+
+
+def _before(plan: Study, task: str, say: Callable[[str], None]) -> dict[str, Any] | None:
+    """Scores of what all runs begin with."""
+    base = load_recipe(plan.recipe).base
+    if base is None:
+        return None
+    say(f"asking: {base}, {BEFORE}")
+    asked = evaluate(*mv.load(base), plan.task, out=Path(plan.output) / "before" / ANSWERS, batch_size=32, name=base)
+    scores = asked.tasks[task].scores
+    return {group: {name: asdict(score) for name, score in row.items()} for group, row in scores.items()}
+
+
+def _seconds(run: Recipe) -> int | None:
+    """Seconds that all stages took, None where one was resumed."""
+    output = Path(run.output)
+    records = (json.loads((output / stage.name / STAGE_RECORD).read_text(encoding="utf-8")) for stage in run.stages)
+    seconds = [record["seconds"] for record in records]
+    return None if None in seconds else sum(seconds)
+
+
+def report(record: dict[str, Any]) -> RenderableType:
+    """The arms as a table: the task's headline, of each seed and of all, and the difference to the first arm."""
+    group, headline = record["task"]["headline"]
+    title = f"{record['task']['name']}: {group}, {headline}; {LEVEL:.0%} intervals over questions"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("", "parameters", "by seed", headline, "difference"):
+        table.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
+    if record["before"] is not None:
+        table.add_row(BEFORE, "", "", _cell(record["before"][group][headline], ".3f"), "")
+    for i, (name, arm) in enumerate(record["arms"].items()):
+        table.add_row(
+            name,
+            f"{arm['parameters'] / 1e6:.2f} M",
+            ", ".join(f"{value:.3f}" for value in arm["seeds"]),
+            _cell(arm["scores"][group][headline], ".3f"),
+            _cell(arm["differences"][group][headline], "+.3f") if i else "",
+        )
+    return table
+
+
+def _cell(score: dict[str, float], form: str) -> str:
+    return f"{score['value']:{form}} ({score['low']:{form}}, {score['high']:{form}})"
