@@ -72,17 +72,7 @@ def apply(model: Model, *methods: MethodConfig) -> Model:
     held = host.vision_slots if isinstance(host, SlottedModel) else None
     slots = Slots(replacing([] if held is None else held.methods, methods), host.config, keep=held)
     slots.match(host, held)
-    if not isinstance(host, SlottedModel):
-        adapter = adapter_for(host.config)
-        if type(host) is not adapter.stock_model:
-            raise ValueError(
-                f"methods plug into an instance of {adapter.model_name} itself, got its subclass {type(host).__name__};"
-                " apply them before anything that changes the class (FSDP)"
-            )
-        _change_class(host, slotted_model(adapter))
-        host.config.__class__ = slotted_config(adapter)
-    host.plug(slots.train(host.training))
-    host.config.mllm_vision = stored(slots.methods)
+    _plug(host, slots.train(host.training))
     return model
 
 
@@ -107,16 +97,15 @@ def remove(model: Model) -> Model:
 def using(model: Model, *methods: MethodConfig) -> Iterator[Model]:
     """`apply` for the length of a block; afterwards the model has the methods it had before."""
     host = find_host(model)
-    before = (host.vision_slots, host.config.mllm_vision) if isinstance(host, SlottedModel) else None
+    before = host.vision_slots if isinstance(host, SlottedModel) else None
     apply(model, *methods)
     try:
         yield model
     finally:
-        if before is None or not isinstance(host, SlottedModel):
+        if before is None:
             remove(model)
         else:
-            slots, host.config.mllm_vision = before
-            host.plug(slots)
+            _plug(host, before)
 
 
 @dataclass(frozen=True)
@@ -185,6 +174,21 @@ def find_host(model: nn.Module) -> PreTrainedModel:
                 return module
     names = ", ".join(sorted(adapter.model_name for adapter in adapters().values()))
     raise ValueError(f"{type(model).__name__} is not a supported host and wraps none; supported are {names}")
+
+
+def _plug(host: PreTrainedModel, slots: Slots) -> None:
+    """Give ``host`` these slots, and the class and config that hold them if it is of a stock class."""
+    if not isinstance(host, SlottedModel):
+        adapter = adapter_for(host.config)
+        if type(host) is not adapter.stock_model:
+            raise ValueError(
+                f"methods plug into an instance of {adapter.model_name} itself, got its subclass {type(host).__name__};"
+                " apply them before anything that changes the class (FSDP)"
+            )
+        _change_class(host, slotted_model(adapter))
+        host.config.__class__ = slotted_config(adapter)
+    host.plug(slots)
+    host.config.mllm_vision = stored(slots.methods)
 
 
 def _change_class(host: PreTrainedModel, cls: type) -> None:

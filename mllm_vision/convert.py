@@ -1,6 +1,6 @@
 """Authors' checkpoints as folders that `from_pretrained` loads.
 
-A layout, one file in `adapters/originals/`, says whose weight is whose; here files are read, LoRA is merged, every key
+A layout, one file in `adapters/originals/`, says what class the result is of and which weight is which; here every key
 is accounted for and the folder is written.
 
 Memory: what the result weighs in its own dtype (7 B parameters in float16: 14 GB), and one matrix in float32. Files are
@@ -9,51 +9,23 @@ mapped, so that only merged, cast and grown weights are held by the process itse
 
 from __future__ import annotations
 
-import json
-import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from tempfile import TemporaryDirectory
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
-from zipfile import is_zipfile
+from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
+from mllm_vision.original import account, read_original
 from mllm_vision.registry import package_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, ProcessorMixin
-
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
-NOT_LORA = "non_lora_trainables.bin"
-RECOMPUTED = re.compile(r"\.(rotary_emb\.inv_freq|embeddings\.position_ids)$")
-"""Buffers that older checkpoints hold and that every model makes anew."""
-LORA_KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
-DOWNLOADED = ["*.json", "*.model", "*.safetensors", "*.bin"]
-
-
-@dataclass(frozen=True)
-class Original:
-    """A checkpoint as its authors left it, LoRA merged.
-
-    Args:
-        config: Their `config.json`.
-        weights: By their names.
-        tokenizer: Folder that has the tokenizer.
-    """
-
-    config: dict[str, Any]
-    weights: dict[str, Tensor]
-    tokenizer: Path
 
 
 @dataclass(frozen=True)
@@ -63,8 +35,8 @@ class Conversion:
     Args:
         config: Of the result, with the dtype of its weights; it says the class, too.
         processor: Of the result, with the tokenizer.
-        weights: By their names.
-        names: How each of their names begins, and how ours does instead; of two that fit the first counts.
+        weights: By their names, or by ours where a layout has made them.
+        names: How their names begin, and how ours do instead; the first that fits counts, and what none fits stays.
         summary: What was found in the checkpoint, in a few words.
     """
 
@@ -119,148 +91,6 @@ def convert(
     return f"{found.summary}; {parameters:,} parameters in {str(found.config.dtype).removeprefix('torch.')}: {out}"
 
 
-def read_original(source: str, base: str | None = None) -> Original:
-    """The checkpoint in a folder or on the hub; with a LoRA, ``base`` and what was trained beside the LoRA.
-
-    Raises:
-        ValueError: the checkpoint or its base is not there, or is not what its files say.
-    """
-    folder = checkpoint_folder(source, "give a folder or a hub id")
-    config = read_json(folder / "config.json")
-    if not (folder / "adapter_config.json").is_file():
-        if base is not None:
-            raise ValueError(f"a base belongs to a LoRA, and {folder} is none: it has no adapter_config.json")
-        return Original(config, read_weights(folder), folder)
-    settings = read_json(folder / "adapter_config.json")
-    named = base or settings.get("base_model_name_or_path") or config.get("_name_or_path") or ""
-    below = checkpoint_folder(named, "give the model that the LoRA was trained on as the base, --base DIR")
-    if not (folder / NOT_LORA).is_file():
-        raise ValueError(f"{folder} has no {NOT_LORA}, which holds the projector of a LoRA checkpoint; get it, too")
-    weights = read_weights(below)
-    merge_lora(weights, read_tensors(_first_file(folder, ADAPTER)), settings)
-    for key, weight in read_tensors(folder / NOT_LORA).items():
-        weights[key.removeprefix("base_model.model.")] = weight
-    own = any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model"))
-    return Original(config, weights, folder if own else below)
-
-
-def checkpoint_folder(name: str, remedy: str) -> Path:
-    """The folder called ``name``, or the one that a hub id is downloaded to.
-
-    Raises:
-        ValueError: there is neither; the message ends with the ``remedy``.
-    """
-    if Path(name).is_dir():
-        return Path(name)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=DOWNLOADED))
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{name!r} is no folder here, and not to be had as a hub id; {remedy}") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """What a JSON file says.
-
-    Raises:
-        ValueError: there is no such file.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path.parent} has no {path.name}, so it is no checkpoint; check the path")
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
-
-
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The weights of a checkpoint, whole or in shards; safetensors where there are both.
-
-    Raises:
-        ValueError: the folder has no weights, or a file cannot be read.
-    """
-    file = _first_file(folder, [name for whole in WEIGHTS for name in (f"{whole}.index.json", whole)])
-    files = [file]
-    if file.suffix == ".json":
-        files = [folder / shard for shard in sorted(set(read_json(file)["weight_map"].values()))]
-    weights = {key: weight for shard in files for key, weight in read_tensors(shard).items()}
-    return {key: weight for key, weight in weights.items() if not RECOMPUTED.search(key)}
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, mapped where its format allows it.
-
-    Raises:
-        ValueError: the file is not there, is damaged or holds anything but tensors.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path} is missing; get the whole checkpoint")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
-    except (UnpicklingError, SafetensorError, EOFError, RuntimeError) as error:
-        raise ValueError(
-            f"{path} is refused: it is damaged, or holds more than tensors and could run code; get it again from "
-            "someone you trust, or as safetensors"
-        ) from error
-    if not isinstance(found, dict) or not all(isinstance(weight, Tensor) for weight in found.values()):
-        raise ValueError(f"{path} must hold tensors by name, got {type(found).__name__} with other things in it")
-    return found
-
-
-def _first_file(folder: Path, names: Collection[str]) -> Path:
-    for name in names:
-        if (folder / name).is_file():
-            return folder / name
-    raise ValueError(f"{folder} has no weights: expected one of {', '.join(names)}")
-
-
-def merge_lora(weights: dict[str, Tensor], lora: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
-    """Put W + s B A in the place of every W that the LoRA changes; s is alpha / r, or alpha / sqrt(r) if so trained.
-
-    Computed key by key in float32 and rounded once. PEFT would have to be attached to a live model, while these are
-    weights under the names of a class that transformers does not have.
-
-    Args:
-        weights: Of the base, changed in place.
-        lora: A (r, in) and B (out, r) under PEFT's names.
-        settings: PEFT's `adapter_config.json`.
-
-    Raises:
-        ValueError: an adapter other than plain LoRA, or keys without a counterpart.
-    """
-    odd = [name for name in ("use_dora", "alpha_pattern", "modules_to_save") if settings.get(name)]
-    if settings["peft_type"] != "LORA" or odd:
-        raise ValueError(
-            f"expected a plain LoRA, got {' '.join([settings['peft_type'], *odd])}; merge it with PEFT first"
-        )
-    matched = {key: match for key in lora if (match := LORA_KEY.fullmatch(key))}
-    changed = {f"{match[1]}.weight": f"base_model.model.{match[1]}.lora_{{}}.weight" for match in matched.values()}
-    pairs = [key.format(part) for key in changed.values() for part in "AB"]
-    account(
-        missing=[*(set(pairs) - lora.keys()), *(changed.keys() - weights.keys())],
-        surplus=lora.keys() - matched.keys(),
-        what="the LoRA and its base",
-    )
-    for name, key in changed.items():
-        a, b = lora[key.format("A")].float(), lora[key.format("B")].float()
-        scale = settings["lora_alpha"] / (len(a) ** 0.5 if settings.get("use_rslora") else len(a))
-        weights[name] = torch.addmm(weights[name].float(), b, a, alpha=scale).to(weights[name].dtype)
-
-
-def account(missing: Collection[str], surplus: Collection[str], what: str) -> None:
-    """Raise ValueError where keys are missing or surplus, naming a handful of each."""
-    wrong = {"missing": sorted(missing), "surplus": sorted(surplus)}
-    parts = [f"{len(keys)} {kind} ({some(keys)})" for kind, keys in wrong.items() if keys]
-    if parts:
-        raise ValueError(f"the keys of {what} do not fit: {' and '.join(parts)}; is it another layout?")
-
-
-def some(keys: list[str]) -> str:
-    """The first five of ``keys``, for a message."""
-    return ", ".join(keys[:5]) + (", ..." if len(keys) > 5 else "")
-
-
 def renamed(key: str, names: Mapping[str, str]) -> str:
     """A name with another beginning: that of the first of ``names`` that it begins with."""
     return next((ours + key.removeprefix(theirs) for theirs, ours in names.items() if key.startswith(theirs)), key)
@@ -290,14 +120,14 @@ def fitted(found: Conversion, expected: Mapping[str, Tensor]) -> dict[str, Tenso
         surplus=[theirs[key] for key in theirs.keys() - expected.keys()],
         what="the checkpoint",
     )
-    wrong = [key for key in expected if found.weights[theirs[key]].shape != expected[key].shape]
-    if wrong:
-        got, asked = (tuple(weights.shape) for weights in (found.weights[theirs[wrong[0]]], expected[wrong[0]]))
-        raise ValueError(
-            f"{theirs[wrong[0]]} is {got}, but config.json and the tower ask for {asked}; "
-            f"so it is with {len(wrong)} weights"
-        )
-    return {key: found.weights[theirs[key]].to(weight.dtype) for key, weight in expected.items()}
+    weights = {}
+    for key, place in expected.items():
+        weight = found.weights[theirs[key]]
+        if weight.shape != place.shape:
+            got, asked = tuple(weight.shape), tuple(place.shape)
+            raise ValueError(f"{theirs[key]} is {got}, but with this config.json and this tower it must be {asked}")
+        weights[key] = weight.to(place.dtype)
+    return weights
 
 
 def write_model(found: Conversion, folder: Path) -> int:
@@ -316,7 +146,7 @@ def check_empty(out: Path, overwrite: bool) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not overwrite:
-        raise FileExistsError(f"{out} is not empty; choose another folder, or pass overwrite to replace it")
+        raise FileExistsError(f"{out} is not empty; choose another folder, or replace it with overwrite")
     if not (out / "processor_config.json").is_file():
         raise FileExistsError(f"{out} holds something other than a converted model and is not removed")
 

@@ -16,7 +16,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 from transformers import PreTrainedModel
 
 from mllm_vision.host import Encoded, Layout, adapter_for, images_by_grid
-from mllm_vision.slots import Slots
+from mllm_vision.slots import Slots, compute_device
 from mllm_vision.tap import listen
 from mllm_vision.tokens import VisualTokens
 
@@ -90,7 +90,7 @@ def _added(slots: Slots, encoded: Sequence[Encoded], grids: Sequence[tuple[int, 
     """The tokens added to each image, (T_i * count, D), tile after tile; images of one grid go through together."""
     if slots.projector is None:
         return [image.on_patches[:0] for image in encoded]
-    device = next(slots.projector.parameters()).device
+    device = compute_device(slots.projector)
     added: dict[int, Tensor] = {}
     for grid, members in images_by_grid(grids).items():
         maps = torch.cat([encoded[i].maps for i in members]).to(device)

@@ -10,12 +10,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, processors
+from transformers import PreTrainedTokenizerFast
 
 SPACE = "▁"
 
 
-def fast_tokenizer(path: Path) -> Tokenizer:
+def fast_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a BPE model with byte fallback, as Llama's: BOS first, a space before every stretch of text.
 
     Raises:
@@ -37,7 +38,7 @@ def fast_tokenizer(path: Path) -> Tokenizer:
         )
     ranked = sorted(splits, key=lambda piece: -pieces.get_score(ids[piece]))
     merges = [pair for piece in ranked for pair in sorted(splits[piece], key=lambda pair: (ids[pair[0]], ids[pair[1]]))]
-    unknown, bos = pieces.id_to_piece(pieces.unk_id()), pieces.id_to_piece(pieces.bos_id())
+    unknown, bos, eos = (pieces.id_to_piece(i) for i in (pieces.unk_id(), pieces.bos_id(), pieces.eos_id()))
     core = Tokenizer(models.BPE(vocab=ids, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     core.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
     core.decoder = decoders.Sequence(
@@ -46,5 +47,6 @@ def fast_tokenizer(path: Path) -> Tokenizer:
     core.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, pieces.bos_id())]
     )
-    core.add_special_tokens([AddedToken(piece, normalized=False) for piece in special])
-    return core
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token=unknown, bos_token=bos, eos_token=eos, padding_side="left"
+    )

@@ -20,6 +20,15 @@ log = logging.getLogger(__name__)
 CONFIG_VERSION = 1
 """Version of what `config.json` stores under ``mllm_vision``."""
 
+_PLACES: dict[str, type[nn.Module]] = {
+    "projector": AddedTokens,
+    "resize": ImageOperation,
+    "operations": TokenOperation,
+}
+"""The attribute of `Slots` that holds modules of each type."""
+
+_SINGLE = {"projector": "add tokens", "resize": "resize the image"}
+
 
 class Slots(nn.Module):
     """What the methods of one model do, built for its tower from their configs, in the order given.
@@ -56,7 +65,7 @@ class Slots(nn.Module):
 
     def _plug(self, module: nn.Module, place: str | None = None) -> None:
         """Put ``module`` into its place, the one of its type unless another is given (PEFT wraps what it trains)."""
-        place = next(name for name, kind in PLACES.items() if isinstance(module, kind)) if place is None else place
+        place = next(name for name, kind in _PLACES.items() if isinstance(module, kind)) if place is None else place
         if place == "operations":
             self.places.append(f"operations.{len(self.operations)}")
             self.operations.append(module)
@@ -74,7 +83,7 @@ class Slots(nn.Module):
     def match(self, model: PreTrainedModel, keep: Slots | None) -> None:
         """Bring new weights, which ``keep`` does not hold, to the model's dtype and its projector's device."""
         held = set() if keep is None else set(keep.modules())
-        device = _device(adapter_for(model.config).projector(model))
+        device = compute_device(adapter_for(model.config).projector(model))
         for method, place in zip(self.methods, self.places, strict=True):
             module = self.get_submodule(place)
             if method.needs_weights and module not in held:
@@ -102,16 +111,6 @@ class Slots(nn.Module):
         return grid if self.resize is None else self.resize(grid, tiles)
 
 
-PLACES: dict[str, type[nn.Module]] = {
-    "projector": AddedTokens,
-    "resize": ImageOperation,
-    "operations": TokenOperation,
-}
-"""The attribute of `Slots` that holds modules of each type."""
-
-_SINGLE = {"projector": "add tokens", "resize": "resize the image"}
-
-
 def _built(method: MethodConfig, facts: TowerFacts) -> nn.Module:
     if not isinstance(method, PluggedConfig):
         raise TypeError(f"expected a method config such as HiPruneConfig(keep=192), got {method!r}")
@@ -119,7 +118,7 @@ def _built(method: MethodConfig, facts: TowerFacts) -> nn.Module:
     return method.build(facts)
 
 
-def _device(module: nn.Module) -> torch.device:
+def compute_device(module: nn.Module) -> torch.device:
     """Where ``module`` computes, which is not where its weights lie if accelerate offloads them."""
     hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
     asked = next((device for hook in hooks if (device := getattr(hook, "execution_device", None)) is not None), None)

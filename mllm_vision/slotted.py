@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.quantizers import AutoQuantizationConfig
 
 from mllm_vision.auto import slotted_config
 from mllm_vision.encoding import ImageTokens, encode_images, image_inputs
@@ -64,8 +65,8 @@ class SlottedModel(PreTrainedModel, GenerationMixin):
 
         Quantisation leaves the slots alone.
         """
-        if (quantised := kwargs.get("quantization_config")) is not None and hasattr(quantised, SKIPPED):
-            kwargs["quantization_config"] = _sparing_slots(quantised)
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = _sparing_slots(kwargs["quantization_config"])
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         require_weights(info)
         return (model, info) if output_loading_info else model
@@ -262,14 +263,11 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-SKIPPED = "llm_int8_skip_modules"
-"""Field of bitsandbytes' config that names the modules to leave as they are."""
-
-
 def _sparing_slots(quantised: Any) -> Any:
-    """A quantisation config that leaves the slots alone, and the head as it would without being told."""
-    sparing = copy.copy(quantised)
-    setattr(sparing, SKIPPED, [*(getattr(quantised, SKIPPED) or ["lm_head"]), "vision_slots"])
+    """A quantisation config that, if it is of bitsandbytes, leaves the slots alone, and the head as it would untold."""
+    sparing = AutoQuantizationConfig.from_dict(quantised) if isinstance(quantised, dict) else copy.copy(quantised)
+    if isinstance(sparing, BitsAndBytesConfig):
+        sparing.llm_int8_skip_modules = [*(sparing.llm_int8_skip_modules or ["lm_head"]), "vision_slots"]
     return sparing
 
 

@@ -3,14 +3,16 @@
 Shapes: T tiles of (H, W) patches, S tokens added to each, C channels of the tower, D of the language model.
 """
 
+import copy
 import logging
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
-from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, LlavaForConditionalGeneration
 
 import mllm_vision as mv
 from mllm_vision.projectors import SpatialTokensConfig
@@ -254,7 +256,7 @@ def test_weights_stay_until_their_kind_is_replaced(host, model, caplog):
         with mv.using(model, CROPPING):
             assert model.vision_slots.methods == [CROPPING]
         with mv.using(model, POOLING, RandomConfig(keep=4)):
-            pass
+            mv.remove(model)
         assert_close(model(**inputs).logits, pruned, rtol=0, atol=0)
         assert model.vision_slots.projector is weights
         assert len(caplog.messages) == 1  # of CROPPING
@@ -310,26 +312,39 @@ def test_new_weights_have_the_dtype_and_the_device_of_the_model(host, checkpoint
     assert mv.apply(host.model().to("meta"), POOLING).vision_slots.projector.project.weight.is_meta
 
 
-def test_quantisation_leaves_the_added_weights_alone(tmp_path):
-    import copy
+FOUR_BIT = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
 
-    from transformers import LlavaForConditionalGeneration
 
+@pytest.mark.parametrize("asked", [FOUR_BIT, {"load_in_4bit": True}], ids=["config", "dict"])
+def test_quantisation_leaves_the_added_weights_alone(tmp_path, asked):
     config = copy.deepcopy(LLAVA.model().config)
     for part in (config.vision_config, config.text_config):  # 4-bit kernels want multiples of 64 channels
         part.hidden_size, part.intermediate_size = 64, 128
     config.text_config.head_dim = 16
     mv.apply(LlavaForConditionalGeneration(config), CROPPING).save_pretrained(tmp_path)
-    asked = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    before = copy.deepcopy(asked)
     model = AutoModelForImageTextToText.from_pretrained(tmp_path, quantization_config=asked)
     classes = {name: type(module).__name__ for name, module in model.named_modules()}
     assert classes["lm_head"] == "Linear"
     assert classes["model.multi_modal_projector.linear_1"] == "Linear4bit"
     assert "Linear4bit" not in {c for name, c in classes.items() if name.startswith("vision_slots")}
-    assert asked.llm_int8_skip_modules is None
+    assert asked == before if isinstance(asked, dict) else asked.to_dict() == before.to_dict()
     inputs = LLAVA.inputs(question())
     with torch.no_grad():
         assert model(**inputs).logits.shape[1] == inputs["input_ids"].shape[1] + CROPPING.scales
+
+
+@torch.no_grad()
+def test_added_weights_may_lie_on_disk(tmp_path):
+    inputs = LLAVA.inputs(question())
+    model = mv.apply(LLAVA.model(), CROPPING)
+    expected = model(**inputs).logits
+    parts = {"model": "cpu", "lm_head": "cpu", "vision_slots": "disk"}
+    dispatch_model(model, parts, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
+    assert model.vision_slots.projector.project.weight.is_meta
+    assert_close(model(**inputs).logits, expected)
+    mv.apply(model, PRUNER)
+    assert model(**inputs).logits.shape[1] == expected.shape[1] - 27
 
 
 @torch.no_grad()
