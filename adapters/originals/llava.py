@@ -14,13 +14,13 @@ Differs: the vocabulary gains <image>, a padding token, and rows up to a multipl
 from __future__ import annotations
 
 import ast
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mllm_vision.convert import Conversion, Original, checkpoint_folder, read_weights, with_rows
+from mllm_vision.convert import Conversion, with_rows
+from mllm_vision.original import Original, checkpoint_folder, read_json, read_weights
 from mllm_vision.sentence_pieces import fast_tokenizer
 
 if TYPE_CHECKING:
@@ -96,8 +96,7 @@ def convert(original: Original, tower: str | None) -> Conversion:
         width = config.text_config.hidden_size
         weights |= {f"{SECOND}weight": torch.eye(width), f"{SECOND}bias": torch.zeros(width)}
     processor = stock_processor(theirs, config, folder, tokenizer)
-    summary = f"{config.model_type} with a {kind} projector of {theirs['mm_vision_tower']}"
-    return Conversion(config, processor, weights, PROJECTORS[kind] | NAMES, summary)
+    return Conversion(config, processor, weights, PROJECTORS[kind] | NAMES, f"{config.model_type}, {kind} projector")
 
 
 def check(theirs: dict[str, Any]) -> None:
@@ -132,15 +131,9 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     if (folder / "tokenizer.json").is_file():
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, padding_side="left")
     elif (folder / "tokenizer.model").is_file():
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=fast_tokenizer(folder / "tokenizer.model"),
-            unk_token="<unk>",
-            bos_token="<s>",
-            eos_token="</s>",
-            padding_side="left",
-        )
+        tokenizer = fast_tokenizer(folder / "tokenizer.model")
         if (folder / "added_tokens.json").is_file():
-            added = json.loads((folder / "added_tokens.json").read_text(encoding="utf-8"))
+            added = read_json(folder / "added_tokens.json")
             tokenizer.add_tokens(
                 [AddedToken(token, special=True, normalized=False) for token in sorted(added, key=added.get)]
             )

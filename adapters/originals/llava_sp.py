@@ -11,8 +11,9 @@ from dataclasses import replace
 
 from mllm_vision.adapters.originals import llava
 from mllm_vision.auto import slotted_config
-from mllm_vision.convert import Conversion, Original
+from mllm_vision.convert import Conversion
 from mllm_vision.host import adapter_for
+from mllm_vision.original import Original
 from mllm_vision.projectors.spatial_tokens import from_authors, scale_sizes
 from mllm_vision.slots import stored
 
@@ -40,7 +41,12 @@ def convert(original: Original, tower: str | None) -> Conversion:
     weights = {key: weight for key, weight in original.weights.items() if key not in projectors}
     weights |= {f"model.{name}": weight for name, weight in theirs.patch_branch.items()}
     found = llava.convert(replace(original, weights=weights), tower)
-    slotted = slotted_config(adapter_for(found.config))
+    adapter = adapter_for(found.config)
+    if (seen := adapter.facts(found.config).grid) != theirs.grid:
+        raise ValueError(
+            f"the spatial branch is made for {theirs.grid} patches, but the tower sees {seen}; give its own, --tower DIR"
+        )
+    slotted = slotted_config(adapter)
     settings = found.config.to_dict() | {"model_type": slotted.model_type, "mllm_vision": stored([theirs.config])}
     sizes = ", ".join(str(side) for side, _ in scale_sizes(theirs.grid, theirs.config.scales))
     grid = " x ".join(map(str, theirs.grid))

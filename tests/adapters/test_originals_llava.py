@@ -274,7 +274,7 @@ def test_the_tower_may_be_elsewhere(tmp_path):
         (lambda w: w.pop("model.embed_tokens.weight"), "has no model.embed_tokens.weight: it is part of a model"),
         (
             lambda w: w.update({"model.mm_projector.0.weight": torch.ones(48, 64)}),
-            r"model\.mm_projector\.0\.weight is \(48, 64\).*ask for \(48, 32\)",
+            r"model\.mm_projector\.0\.weight is \(48, 64\), but .* it must be \(48, 32\)",
         ),
     ],
 )
