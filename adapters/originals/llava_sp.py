@@ -44,7 +44,7 @@ def convert(original: Original, tower: str | None) -> Conversion:
     adapter = adapter_for(found.config)
     if (seen := adapter.facts(found.config).grid) != theirs.grid:
         raise ValueError(
-            f"the spatial branch is made for {theirs.grid} patches, but the tower sees {seen}; give its own, --tower DIR"
+            f"the spatial branch is made for {theirs.grid} patches, the tower sees {seen}; give its own, --tower DIR"
         )
     slotted = slotted_config(adapter)
     settings = found.config.to_dict() | {"model_type": slotted.model_type, "mllm_vision": stored([theirs.config])}

@@ -184,5 +184,5 @@ def test_kernels_for_another_grid_than_the_towers_are_named(tmp_path):
     source = write_checkpoint(
         tmp_path / "original", config_of_theirs(model, write_tower(tmp_path / "clip", model)), weights
     )
-    with pytest.raises(ValueError, match=r"made for \(24, 24\) patches, but the tower sees \(4, 4\)"):
+    with pytest.raises(ValueError, match=r"made for \(24, 24\) patches, the tower sees \(4, 4\)"):
         converted(source)
