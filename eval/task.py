@@ -85,6 +85,7 @@ class Task(Settings, ABC):
         columns: Of its data set, and so of a local copy, in words.
         reads_data: Whether there are data to read; not where a task makes its own.
         headline: (group, score) of the one number to quote.
+        lower_is_better: Names of scores that count faults.
         resumable: Options in which a run may differ from the one whose answers it goes on with: those that choose
             questions or say what answers count for.
     """
@@ -96,6 +97,7 @@ class Task(Settings, ABC):
     reads_data: ClassVar[bool] = True
     max_new_tokens: ClassVar[int] = 16
     headline: ClassVar[tuple[str, str]] = (ALL, "accuracy")
+    lower_is_better: ClassVar[tuple[str, ...]] = ()
     resumable: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls, *, name: str | None = None, paper: str = "", **kwargs: Any):

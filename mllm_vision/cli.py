@@ -293,6 +293,69 @@ def sweep(
 
 
 @app.command()
+def tune(
+    attempt: Annotated[
+        list[str], typer.Option("--try", help="Methods with settings, as hiprune:keep=33:alpha=0.2; repeat for each.")
+    ],
+    testing: Annotated[str, typer.Option("--test", help="Task to test on, as scenes:questions=500.")],
+    choosing: Annotated[
+        str,
+        typer.Option("--choose", help="Another split of it to choose on, as scenes:questions=200:split=validation."),
+    ],
+    model: Annotated[str, typer.Argument(help='A hub id, a folder, or "tiny-llava-scenes".')] = "tiny-llava-scenes",
+    score: Annotated[
+        str | None, typer.Option(help="To choose by, as existence_adversarial/f1; else the task's headline.")
+    ] = None,
+    temperature: Annotated[str, typer.Option(help="Ways to answer, as 0,1; 0 is greedy.")] = "0",
+    seeds: Annotated[int, typer.Option(min=1, help="Sampled runs of each test.")] = 3,
+    data: Annotated[Path | None, typer.Option(help="As for eval.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many questions of each split.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 32,
+    out: Annotated[Path, typer.Option(help="Folder for answers and results.")] = Path("mllm-vision-tune"),
+    device: Device = "auto",
+    dtype: Precision = Dtype.auto,
+    overwrite: Overwrite = False,
+) -> None:
+    """Choose settings of methods on one split of a task and score the best of each kind on another."""
+    from rich.console import Console
+
+    import mllm_vision as mv
+    from mllm_vision.eval import tune as tuning
+    from mllm_vision.eval.journal import check_folder
+    from mllm_vision.eval.task import parse_tasks
+    from mllm_vision.registry import parse_methods
+
+    trials = [parse_methods(line) for line in attempt]
+    parts = None if score is None else score.split("/")
+    if parts is not None and len(parts) != 2:
+        raise typer.BadParameter(f"--score takes a group and a score, as existence_adversarial/f1, got {score!r}")
+    (chosen_on,), (tested_on,) = parse_tasks([choosing]), parse_tasks([testing])
+    _check_device(device)
+    check_folder(out)
+    host, processor = mv.load(model, dtype=dtype.value, device_map=device)
+    console = Console()
+    with console.status("starting") as status:
+        record = tuning.tune(
+            host,
+            processor,
+            trials,
+            chosen_on,
+            tested_on,
+            out,
+            score=None if parts is None else (parts[0], parts[1]),
+            temperatures=[float(part) for part in temperature.split(",")],
+            seeds=seeds,
+            name=model,
+            overwrite=overwrite,
+            say=status.update,
+            data=data,
+            limit=limit,
+            batch_size=batch_size,
+        )
+    console.print(tuning.report(record))
+
+
+@app.command()
 def tasks(name: Annotated[str | None, typer.Argument(help="Of one task, to read all about it.")] = None) -> None:
     """List every benchmark that is installed, with its data and its options, or tell all about one."""
     import inspect

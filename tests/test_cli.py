@@ -52,7 +52,21 @@ def ask(model, image, *arguments, question="How many red squares?"):
 def test_help_lists_the_commands():
     result = run("--help")
     assert result.exit_code == 0
-    for command in ("ask", "bench", "methods", "eval", "sweep", "tasks", "train", "demo", "scenes", "overhead"):
+    for command in (
+        "ask",
+        "bench",
+        "methods",
+        "eval",
+        "sweep",
+        "tasks",
+        "train",
+        "demo",
+        "scenes",
+        "overhead",
+        "convert",
+        "study",
+        "tune",
+    ):
         assert f"  {command} " in result.stdout
 
 
@@ -250,6 +264,27 @@ def test_bench_writes_what_it_measured(tmp_path):
 )
 def test_bench_finds_errors_before_it_looks_for_the_model(arguments, message):
     assert message in error_of(run("bench", *arguments))
+
+
+def test_tune_prints_the_best_of_each_kind(tmp_path):
+    task = "scenes:questions=4:families=colour"
+    splits = ("--choose", f"{task}:split=validation", "--test", task)
+    tried = (
+        "--try",
+        "hiprune:keep=1",
+        "--try",
+        "hiprune:keep=99",
+        "--score",
+        "colour/accuracy",
+        "--out",
+        tmp_path / "t",
+    )
+    result = run("tune", *splits, *tried)
+    assert result.exit_code == 0, result.output
+    assert "hiprune:keep=99" in result.stdout and "hiprune:keep=1 " not in result.stdout
+    wrong = error_of(run("tune", NOWHERE, *splits, "--try", "hiprune:keep=1", "--score", "colour"))
+    assert "--score takes a group and a score" in wrong
+    assert "unknown method 'prune'" in error_of(run("tune", NOWHERE, *splits, "--try", "prune:keep=1"))
 
 
 def test_tasks_lists_every_benchmark_with_its_options():

@@ -46,6 +46,7 @@ class CHAIR(Task, name="chair", paper="arXiv 1809.02156"):
 
     max_new_tokens = 512
     headline = (ALL, "chair_s")
+    lower_is_better = ("chair_s", "chair_i")
 
     def __post_init__(self) -> None:
         super().__post_init__()

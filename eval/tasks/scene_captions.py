@@ -45,6 +45,7 @@ class SceneCaptions(Task, name="scene_captions", paper="drawn by mllm_vision.sce
 
     max_new_tokens = 64
     headline = (ALL, "chair_s")
+    lower_is_better = ("chair_s", "chair_i")
     reads_data = False
     resumable = ("scenes",)
 

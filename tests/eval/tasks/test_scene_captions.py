@@ -26,8 +26,14 @@ def test_shapes_that_are_not_there_are_told_in_singular_and_plural():
     task = SceneCaptions()
     counts = task.tally(["cross", "star"], "Two Crosses, a ring, some moons, a starfish and spring.")
     assert counts == {
-        **{"n": 1, "words": 10, "captions": 1, "hallucinated_captions": 1},
-        **{"mentions": 3, "hallucinated_mentions": 2, "present": 2, "recalled": 1},
+        "n": 1,
+        "words": 10,
+        "captions": 1,
+        "hallucinated_captions": 1,
+        "mentions": 3,
+        "hallucinated_mentions": 2,
+        "present": 2,
+        "recalled": 1,
     }
     assert task.tally(["star"], "")["mentions"] == 0
     assert task.tally(["star"], "a star, a star")["hallucinated_captions"] == 0
