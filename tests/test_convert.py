@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, AutoTokenizer
 from typer.testing import CliRunner
 
 from mllm_vision import convert as engine
@@ -219,6 +219,14 @@ def test_the_base_may_be_named_by_config_json_alone(lora, source, tmp_path):
     config = json.loads((lora / "config.json").read_text()) | {"_name_or_path": str(source)}
     (lora / "config.json").write_text(json.dumps(config))
     assert run("llava", lora, tmp_path / "out").exit_code == 0
+
+
+def test_a_lora_with_a_tokenizer_of_its_own_keeps_it(lora, source, tmp_path):
+    shutil.copy(source / "tokenizer.model", lora)
+    (lora / "added_tokens.json").write_text(json.dumps({"<im_patch>": VOCABULARY}))
+    engine.convert("llava", str(lora), tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.convert_tokens_to_ids(["<im_patch>", "<image>"]) == [VOCABULARY, VOCABULARY + 1]
 
 
 @pytest.mark.parametrize(

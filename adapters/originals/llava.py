@@ -100,22 +100,26 @@ def convert(original: Original, tower: str | None) -> Conversion:
 
 
 def check(theirs: dict[str, Any]) -> None:
-    """Raise ValueError where their `config.json` asks for what the stock model does not have."""
+    """Raise ValueError where their `config.json` lacks something, or asks for what the stock model does not have."""
     kind, model_type = theirs.get("mm_projector_type", "linear"), theirs.get("model_type")
     selected, merge = theirs.get("mm_vision_select_feature", "patch"), theirs.get("mm_patch_merge_type", "flat")
-    aspect = theirs.get("image_aspect_ratio")
-    problems = {
-        "names no mm_vision_tower, so this is no checkpoint of the original repository": "mm_vision_tower"
-        not in theirs,
-        f"has model_type {model_type!r}, expected one of {', '.join(TEXT_TYPES)}": model_type not in TEXT_TYPES,
-        f"has mm_projector_type {kind!r}, expected one of {', '.join(PROJECTORS)}": kind not in PROJECTORS,
-        f"has mm_vision_select_feature {selected!r}, expected one of {', '.join(SELECTED)}": selected not in SELECTED,
-        "sets mm_use_im_start_end, but stock prompts have no marks around an image": theirs.get("mm_use_im_start_end"),
-        "sets s2, but the stock tower sees an image at one scale": theirs.get("s2"),
-        f"has image_aspect_ratio {aspect!r} with mm_patch_merge_type {merge!r}, but the stock models either cut images "
-        "into tiles and unpad them, or do neither": (aspect == "anyres") != ("unpad" in merge),
-    }
-    for problem, holds in problems.items():
+    tiles = theirs.get("image_aspect_ratio") == "anyres"
+    needed = ["mm_vision_tower", "mm_vision_select_layer", *["image_grid_pinpoints"] * tiles]
+    lacking = [name for name in needed if name not in theirs]
+    problems = [
+        (lacking, f"has no {', '.join(lacking)}, as every checkpoint of the original repository"),
+        (model_type not in TEXT_TYPES, f"has model_type {model_type!r}, expected one of {', '.join(TEXT_TYPES)}"),
+        (kind not in PROJECTORS, f"has mm_projector_type {kind!r}, expected one of {', '.join(PROJECTORS)}"),
+        (selected not in SELECTED, f"has mm_vision_select_feature {selected!r}, expected one of {', '.join(SELECTED)}"),
+        (theirs.get("mm_use_im_start_end"), "sets mm_use_im_start_end, but stock prompts put no marks around an image"),
+        (theirs.get("s2"), "sets s2, but the stock tower sees an image at one scale"),
+        (
+            tiles != ("unpad" in merge),
+            f"has image_aspect_ratio {theirs.get('image_aspect_ratio')!r} with mm_patch_merge_type {merge!r}, but the "
+            "stock models either cut an image into tiles (anyres) and unpad them, or do neither",
+        ),
+    ]
+    for holds, problem in problems:
         if holds:
             raise ValueError(f"config.json {problem}")
 
@@ -134,9 +138,8 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         tokenizer = fast_tokenizer(folder / "tokenizer.model")
         if (folder / "added_tokens.json").is_file():
             added = read_json(folder / "added_tokens.json")
-            tokenizer.add_tokens(
-                [AddedToken(token, special=True, normalized=False) for token in sorted(added, key=added.get)]
-            )
+            in_order = sorted(added, key=lambda token: added[token])
+            tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in in_order])
     else:
         raise ValueError(f"{folder} has no tokenizer: expected tokenizer.json or tokenizer.model")
     tokenizer.add_tokens([AddedToken("<image>", special=True, normalized=False)], special_tokens=True)
@@ -162,14 +165,14 @@ def stock_config(
     known = AutoConfig.for_model(TEXT_TYPES[theirs["model_type"]]).to_dict().keys() | {"rope_theta", "rope_scaling"}
     text = {name: theirs[name] for name in known - OF_THE_WHOLE if name in theirs}
     text |= {"vocab_size": rows, "pad_token_id": tokenizer.pad_token_id}
-    whole = theirs.get("mm_vision_select_feature", "patch") == "cls_patch"
+    strategy = SELECTED[theirs.get("mm_vision_select_feature", "patch")]
     settings = {
         "vision_config": vision,
         "text_config": AutoConfig.for_model(TEXT_TYPES[theirs["model_type"]], **text),
         "image_token_index": tokenizer.convert_tokens_to_ids("<image>"),
-        "image_seq_length": (vision.image_size // vision.patch_size) ** 2 + whole,
+        "image_seq_length": (vision.image_size // vision.patch_size) ** 2 + (strategy == "full"),
         "vision_feature_layer": theirs["mm_vision_select_layer"],
-        "vision_feature_select_strategy": "full" if whole else "default",
+        "vision_feature_select_strategy": strategy,
     }
     if theirs.get("image_aspect_ratio") != "anyres":
         return LlavaConfig(**settings)

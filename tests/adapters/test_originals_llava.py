@@ -234,7 +234,8 @@ def test_pictures_are_cropped_where_they_cropped(tmp_path):
         ({"mm_vision_select_feature": "cls"}, "mm_vision_select_feature 'cls', expected one of patch, cls_patch"),
         ({"mm_use_im_start_end": True}, "marks around an image"),
         ({"s2": True}, "one scale"),
-        ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio 'anyres' with mm_patch_merge_type 'flat'"),
+        ({"image_aspect_ratio": "anyres"}, "has no image_grid_pinpoints"),
+        (NEXT | {"mm_patch_merge_type": "flat"}, "image_aspect_ratio 'anyres' with mm_patch_merge_type 'flat'"),
         ({"mm_patch_merge_type": "spatial_unpad"}, "image_aspect_ratio 'pad' with mm_patch_merge_type 'spatial_unpad'"),
         ({"mm_vision_tower": "nowhere/at all"}, "'nowhere/at all' is no folder here.*--tower DIR"),
     ],
@@ -246,7 +247,7 @@ def test_what_the_stock_model_cannot_hold_is_refused(tmp_path, changes, message)
 
 def test_a_checkpoint_that_is_converted_already_is_refused(tmp_path):
     converted(written(tmp_path, stock()))
-    with pytest.raises(ValueError, match="names no mm_vision_tower"):
+    with pytest.raises(ValueError, match="has no mm_vision_tower, mm_vision_select_layer, as every"):
         convert("llava", str(tmp_path / "converted"), tmp_path / "again")
 
 
