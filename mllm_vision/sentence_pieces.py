@@ -31,10 +31,11 @@ def fast_tokenizer(path: Path) -> PreTrainedTokenizerFast:
         for piece, i in ids.items()
         if len(piece) > 1 and not pieces.is_byte(i) and piece not in special
     }
-    if by_hand := [piece for piece, pairs in splits.items() if not pairs]:
+    # Merges give a piece its score, which falls from 0; a piece of score 0 that no merge makes was put in by hand.
+    if by_hand := [piece for piece, pairs in splits.items() if not pairs and pieces.get_score(ids[piece]) == 0]:
         raise ValueError(
-            f"{path} has {len(by_hand)} pieces that no merge makes ({', '.join(by_hand[:5])}), which a fast tokenizer "
-            "would find elsewhere; put a tokenizer.json beside it"
+            f"{path} has {len(by_hand)} pieces defined by hand ({', '.join(by_hand[:5])}), which a fast tokenizer "
+            "would find elsewhere in a text; put a tokenizer.json beside it"
         )
     ranked = sorted(splits, key=lambda piece: -pieces.get_score(ids[piece]))
     merges = [pair for piece in ranked for pair in sorted(splits[piece], key=lambda pair: (ids[pair[0]], ids[pair[1]]))]
