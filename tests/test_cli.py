@@ -9,8 +9,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import mllm_vision as mv
-from mllm_vision import cli
-from mllm_vision.cli import app
+from mllm_vision.cli import app, measuring, scoring
 from mllm_vision.projectors import SpatialTokensConfig
 from mllm_vision.prompts import question_parts, write_prompt
 from mllm_vision.reducers import HiPruneConfig
@@ -303,7 +302,8 @@ def test_tasks_tells_all_about_one():
 
 
 def test_without_matplotlib_a_sweep_has_its_table_and_says_how_to_get_the_picture(tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    for module in (scoring, measuring):
+        monkeypatch.setattr(module, "find_spec", lambda name: None)
     task = ("--task", "scenes:questions=2:families=colour", "--methods", "pool", "--keep", "9", "--repeats", 1)
     result = run("sweep", *task, "--out", tmp_path)
     assert result.exit_code == 0, result.output

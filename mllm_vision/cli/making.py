@@ -1,0 +1,89 @@
+"""Commands that make models and data."""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mllm_vision.cli.options import (
+    Overwrite,
+)
+
+
+class SceneFormat(str, Enum):
+    datasets = "datasets"
+    conversations = "conversations"
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help="Name of a recipe that comes along, or a YAML file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, as stages.tower.arguments.max_steps=10.")
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Run a training recipe, or go on with it where it stopped."""
+    from mllm_vision.recipes import train as training
+
+    folder = training.train(recipe, [*(overrides or []), *["overwrite=true"] * overwrite])
+    typer.echo(folder)
+
+
+def study(
+    study: Annotated[str, typer.Argument(help="Name of a study that comes along, or a YAML file.")],
+    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train a recipe in several ways with several seeds and compare, or go on with it where it stopped."""
+    from rich.console import Console
+
+    from mllm_vision.recipes.study import load_study, report, run_study
+
+    if out is not None and out.exists() and not overwrite:
+        raise typer.BadParameter(f"{out} exists; add --overwrite to replace it")
+    record = run_study(load_study(study), typer.echo)
+    Console().print(report(record))
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def convert(
+    name: Annotated[str, typer.Argument(help="Whose layout it is; an unknown name lists those that are known.")],
+    source: Annotated[str, typer.Argument(metavar="SRC", help="The authors' checkpoint, a folder or a hub id.")],
+    out: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write.")],
+    base: Annotated[
+        str | None,
+        typer.Option(help="For LoRA, the model it was trained on, a folder or a hub id; else what it names."),
+    ] = None,
+    tower: Annotated[
+        str | None, typer.Option(help="The vision tower, a folder or a hub id; else what config.json names.")
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Make a folder that from_pretrained loads of a checkpoint as its authors published it."""
+    from mllm_vision.convert import convert as converted
+
+    typer.echo(converted(name, source, out, base=base, tower=tower, overwrite=overwrite))
+
+
+def scenes(
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "train",
+    n: Annotated[int, typer.Option(min=1, help="Number of scenes.")] = 1000,
+    form: Annotated[
+        SceneFormat, typer.Option("--format", help="A datasets directory, or LLaVA-style conversations.")
+    ] = (SceneFormat.datasets),
+    side: Annotated[int, typer.Option(help="Width and height in pixels.")] = 140,
+    seed: Annotated[int, typer.Option(help="Another seed draws other scenes.")] = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write drawn scenes with questions and answers, to train or to measure a model on."""
+    from mllm_vision.scenes import export
+
+    write = export.export_dataset if form is SceneFormat.datasets else export.export_conversations
+    typer.echo(write(out, split, n, side=side, seed=seed, overwrite=overwrite))
