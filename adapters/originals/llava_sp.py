@@ -54,7 +54,6 @@ def convert(original: Original, tower: str | None) -> Conversion:
         found,
         config=slotted.from_dict(settings),
         weights=found.weights | {SLOT + name: weight for name, weight in theirs.spatial.items()},
-        names={SLOT: SLOT} | found.names,
         summary=f"{found.summary}; spatial tokens by {theirs.config.variant} at scales {sizes} of a {grid} grid, "
         f"{theirs.config.channels} channels",
     )

@@ -173,7 +173,7 @@ def test_mistral_is_asked_as_they_ask_it(tmp_path):
 def test_a_tokenizer_json_is_taken_as_it_is(tmp_path):
     source = written(tmp_path, stock())
     _, first = converted(source)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "converted")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "converted", padding_side="right")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.pad_token = tokenizer.unk_token  # as in Vicuna's
     tokenizer.save_pretrained(source)
@@ -182,6 +182,7 @@ def test_a_tokenizer_json_is_taken_as_it_is(tmp_path):
     text = "USER: <image>\nWhat is left?"
     assert processor.tokenizer(text).input_ids == first.tokenizer(text).input_ids
     assert processor.tokenizer.pad_token_id == first.tokenizer.pad_token_id
+    assert processor.tokenizer.padding_side == "left"
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
     assert processor.apply_chat_template(messages, add_generation_prompt=True) == (
         "<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\n<image>\nWhat?<|im_end|>"

@@ -129,7 +129,7 @@ def test_lora_is_merged_as_peft_merges_it(tmp_path, rslora):
 
 @torch.no_grad()
 def test_the_converted_model_answers_with_spatial_tokens_and_can_be_pruned(tmp_path):
-    _, _, _ = converted(shards(tmp_path, "cropping"))
+    converted(shards(tmp_path, "cropping"))
     model, processor = mv.load(tmp_path / "converted")
     prompt = processor.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}])
     inputs = processor(images=picture(1, 120, 60), text=prompt, return_tensors="pt")
