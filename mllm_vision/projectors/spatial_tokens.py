@@ -12,7 +12,8 @@ a wrong number of an overflow: attention computes its scores in float32. Croppin
 scales; their trials of 3 and 12 crop without. Weights start as theirs do, from torch's defaults.
 
 Cost at C 1024, O 512, D 4096 on 24 x 24: pooling 0.77 G parameters and 1.6 GFLOP an image, cropping 0.90 G and 8.3,
-both in proportion to O; the MLP beside it has 0.02 G and takes 24 GFLOP. A crop is copied while its kernel is at work.
+both in proportion to O; the MLP beside it has 0.02 G and takes 24 GFLOP. A crop, and the
+windows that details are taken from (eleven maps), are copied while their kernel is at work.
 
 Shapes: B images, P patches on an (H, W) grid, C channels of the tower, O of the spatial branch, D of the language
 model, S scales of (h, w) patches, K places that the details are taken at.
@@ -27,7 +28,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import adaptive_avg_pool2d, gelu, linear, scaled_dot_product_attention
+from torch.nn.functional import adaptive_avg_pool2d, gelu, linear, scaled_dot_product_attention, unfold
 
 from mllm_vision.operations import AddedTokens, PluggedConfig, TowerFacts
 
@@ -130,19 +131,28 @@ class WholeConv2d(nn.Conv2d):
         return linear(input.flatten(1), self.weight.flatten(1))
 
 
+class WindowsConv2d(nn.Conv2d):
+    """A convolution with few places K and a kernel nearly as large as its map: (B, C, H, W) to (B, K, O)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        # On a processor, a convolution would first bring the whole kernel, far larger than the windows, into its order.
+        windows = unfold(input, self.kernel_size, stride=self.stride).transpose(1, 2)  # (B, K, C * h * w)
+        return linear(windows, self.weight.flatten(1))
+
+
 class Details(nn.Module):
     """What tokens (B, S, O) attend to in the map of patches (B, C, H, W), seen through one strided convolution."""
 
     def __init__(self, grid: tuple[int, int], width: int, channels: int):
         super().__init__()
         (height, down), (across, right) = detail_window(grid[0]), detail_window(grid[1])
-        self.conv = nn.Conv2d(width, channels, (height, across), (down, right), bias=False)
+        self.conv = WindowsConv2d(width, channels, (height, across), (down, right), bias=False)
         self.query = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, channels))
         self.key = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, channels))
         self.value = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, channels))
 
     def forward(self, tokens: Tensor, patches: Tensor) -> Tensor:
-        details = self.conv(patches).flatten(2).transpose(1, 2)  # (B, K, O)
+        details = self.conv(patches)  # (B, K, O)
         return scaled_dot_product_attention(self.query(tokens), self.key(details), self.value(details))
 
 

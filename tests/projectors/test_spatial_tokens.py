@@ -174,7 +174,7 @@ class Made(TorchDispatchMode):
 
 @VARIANTS
 def test_kernels_are_only_read_and_images_go_together(variant):
-    module = built(variant, (12, 12), 3, channels=64)
+    module = built(variant, (12, 12), 3, channels=512)
     operations = []
     for images in (2, 3):
         with torch.no_grad(), Made() as made:
