@@ -48,15 +48,45 @@ def score_rows():
 
 
 def bench_rows():
-    """Milliseconds of each step, and over those of all tokens the ratio of times and, in brackets, that of FLOPs."""
     for row in read(RESULTS / "bench.json")["rows"]:
-        cells = [
-            f"{1e3 * row['seconds'][step]['median']:.0f}" for step in ("encode", "prefill", "first_token", "decode")
-        ]
-        if row["ratios"] is not None:
-            ratios = row["ratios"].values()
-            cells = [f"{c}: {r['median']:.2f} ({r['flops']:.2f})" for c, r in zip(cells, ratios, strict=True)]
+        cells = bench_cells(row)
         yield f"| {row['name']} | {row['visual_tokens']} | {' | '.join(cells)} | {row['memory']['peak'] / 1e3:.2f} |"
+
+
+def bench_cells(row):
+    """Milliseconds of each step, and over those of all tokens the ratio of times and, in brackets, that of FLOPs."""
+    cells = [f"{1e3 * row['seconds'][step]['median']:.0f}" for step in ("encode", "prefill", "first_token", "decode")]
+    if row["ratios"] is None:
+        return cells
+    return [f"{c}: {r['median']:.2f} ({r['flops']:.2f})" for c, r in zip(cells, row["ratios"].values(), strict=True)]
+
+
+def projector_rows():
+    for row in read(RESULTS / "bench_spatial_tokens.json")["rows"]:
+        added = f"{row['added_parameters'] / 1e9:.2f}" if row["added_parameters"] else ""
+        yield f"| {row['name']} | {row['visual_tokens']} | {added} | {' | '.join(bench_cells(row))} |"
+
+
+def with_interval(score, form):
+    return f"{score['value']:{form}} ({score['low']:{form}}, {score['high']:{form}})"
+
+
+def study_rows():
+    """Before training, then each arm: of each seed and of all, and the difference to the first arm."""
+    record = read(RESULTS / "spatial_tokens.json")
+    group, name = record["task"]["headline"]
+    yield f"| before | {with_interval(record['before'][group][name], '.3f')} | | |"
+    for i, (arm, row) in enumerate(record["arms"].items()):
+        seeds = ", ".join(f"{value:.3f}" for value in row["seeds"])
+        difference = with_interval(row["differences"][group][name], "+.3f") if i else ""
+        yield f"| {arm} | {with_interval(row['scores'][group][name], '.3f')} | {seeds} | {difference} |"
+
+
+def study_family_rows():
+    arms = list(read(RESULTS / "spatial_tokens.json")["arms"].items())[1:]
+    families = {"existence_adversarial": "f1", **dict.fromkeys(("count", "colour", "relation", "reading"), "accuracy")}
+    for arm, row in arms:
+        yield f"| {arm} | {' | '.join(with_interval(row['differences'][f][n], '+.3f') for f, n in families.items())} |"
 
 
 def sweep_rows():
@@ -64,9 +94,7 @@ def sweep_rows():
     points = read(RESULTS / "sweep.json")["points"]
     for method in dict.fromkeys(point["method"] for point in points[1:]):
         lost = [p["differences"]["mean of families"]["accuracy"] for p in points if p["method"] == method]
-        yield (
-            f"| {method} | " + " | ".join(f"{x['value']:+.3f} ({x['low']:+.3f}, {x['high']:+.3f})" for x in lost) + " |"
-        )
+        yield f"| {method} | {' | '.join(with_interval(score, '+.3f') for score in lost)} |"
 
 
 def family_rows():
@@ -77,14 +105,16 @@ def family_rows():
         if point["keep"] in (None, 1 / 3):
             scores = [point["scores"][family][name] for family, name in families.items()]
             name = "all tokens" if point["keep"] is None else f"{point['method']} 1/3"
-            yield (
-                f"| {name} | "
-                + " | ".join(f"{x['value']:.3f} ({x['low']:.3f}, {x['high']:.3f})" for x in scores)
-                + " |"
-            )
+            yield f"| {name} | {' | '.join(with_interval(score, '.3f') for score in scores)} |"
 
 
-@pytest.mark.parametrize("rows", [demo_rows, overhead_rows, bench_rows, score_rows, sweep_rows, family_rows])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        *(demo_rows, overhead_rows, bench_rows, score_rows, sweep_rows, family_rows),
+        *(projector_rows, study_rows, study_family_rows),
+    ],
+)
 def test_tables_are_those_of_the_result_files(rows):
     expected = "\n".join(rows())
     assert expected in README.read_text(encoding="utf-8"), f"the README should say\n{expected}"

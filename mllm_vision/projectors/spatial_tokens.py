@@ -12,8 +12,8 @@ a wrong number of an overflow: attention computes its scores in float32. Croppin
 scales; their trials of 3 and 12 crop without. Weights start as theirs do, from torch's defaults.
 
 Cost at C 1024, O 512, D 4096 on 24 x 24: pooling 0.77 G parameters and 1.6 GFLOP an image, cropping 0.90 G and 8.3,
-both in proportion to O; the MLP beside it has 0.02 G and takes 24 GFLOP. A crop, and the
-windows that details are taken from (eleven maps), are copied while their kernel is at work.
+both in proportion to O; the MLP beside it has 0.02 G and takes 24 GFLOP. A crop, and the windows that details are taken
+from (eleven maps), are copied while their kernel is at work.
 
 Shapes: B images, P patches on an (H, W) grid, C channels of the tower, O of the spatial branch, D of the language
 model, S scales of (h, w) patches, K places that the details are taken at.
