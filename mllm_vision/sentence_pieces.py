@@ -40,7 +40,7 @@ def fast_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     ranked = sorted(splits, key=lambda piece: -pieces.get_score(ids[piece]))
     merges = [pair for piece in ranked for pair in sorted(splits[piece], key=lambda pair: (ids[pair[0]], ids[pair[1]]))]
     unknown, bos, eos = (pieces.id_to_piece(i) for i in (pieces.unk_id(), pieces.bos_id(), pieces.eos_id()))
-    core = Tokenizer(models.BPE(vocab=ids, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    core = Tokenizer(models.BPE(vocab=ids, merges=merges, unk_token=unknown, byte_fallback=True))
     core.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
     core.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
