@@ -51,11 +51,11 @@ class LlavaNextAdapter(LlavaAdapter):
             maps = patch_maps(seen.hidden_states, layouts[0].grid, model.config, images)
             by_image = zip(seen.pooler_output, layouts, maps.split([layout.tiles for layout in layouts]), strict=True)
             return [Encoded(*unpacked(packed, layout), tiles) for packed, layout, tiles in by_image]
-        by_image = zip(*self._encode_resized(model, images, grids), layouts, strict=True)
+        projected, resized = self._encode_resized(model, images, grids)
         newline = model.model.image_newline
         return [
-            Encoded(projected.flatten(0, 1), newline.expand(int((layout.patch < 0).sum()), -1), tiles)
-            for projected, tiles, layout in by_image
+            Encoded(tokens.flatten(0, 1), newline.expand(int((layout.patch < 0).sum()), -1), tiles)
+            for tokens, tiles, layout in zip(projected, resized, layouts, strict=True)
         ]
 
     def _encode_resized(

@@ -89,18 +89,19 @@ def tune(
         kinds: dict[str, list[int]] = {}
         for i, trial in enumerate(trials):
             kinds.setdefault(_kind(trial), []).append(i)
-        winners = {kind: trials[best(members, key=values.__getitem__)] for kind, members in kinds.items()}
+        winners: dict[str, Trial] = {PLAIN: []}
+        winners |= {kind: trials[best(members, key=values.__getitem__)] for kind, members in kinds.items()}
         drawn = range(seeds if temperature else 1)
         tests = {
             kind: [runs.result(TESTING, testing, trial, temperature, seed) for seed in drawn]
-            for kind, trial in ({PLAIN: []} | winners).items()
+            for kind, trial in winners.items()
         }
         plain = [result.tallies for result in tests[PLAIN]]
         found[f"{temperature:g}"] = {
             "chosen": [{"methods": label(trial), "value": v} for trial, v in zip(trials, values, strict=True)],
             "tested": {
                 kind: {
-                    "methods": label(winners.get(kind, [])),
+                    "methods": label(winners[kind]),
                     "seeds": [_value(result, group, value) for result in results],
                     **seeds_against(testing, [result.tallies for result in results], plain),
                 }

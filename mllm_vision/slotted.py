@@ -133,19 +133,19 @@ class SlottedModel(PreTrainedModel, GenerationMixin):
         encoded = encode_images(self, self.vision_slots, images)
         if self._has_room(ids, encoded):
             encoded = [image.with_placeholders(self.vision_slots.added) for image in encoded]
-        by_column = mask is None or mask.dim() == 2
+        of_pairs = mask if mask is not None and mask.dim() != 2 else None
         fit = fit_columns(
             ids,
-            mask if by_column else None,
+            mask if of_pairs is None else None,
             self.config.image_token_id,
             [i.placeholders for i in encoded],
             [i.slots for i in encoded],
         )
         stays = fit.keeps(ids.shape[1])
-        if not by_column and not stays:
+        if of_pairs is not None and not stays:
             raise ValueError(
                 "attention_mask must be (batch, length) where images have more or fewer tokens than placeholders, got "
-                f"{tuple(mask.shape)}"
+                f"{tuple(of_pairs.shape)}"
             )
         fitted = {name: value for name, value in inputs.items() if name not in adapter.image_inputs}
         if inputs.get("position_ids") is None:

@@ -54,8 +54,7 @@ class Recipe:
 
     Args:
         output: Folder of checkpoints, finished stages and the final model.
-        model: A new model.
-        base: Instead of a new one: the checkpoint to go on from, a folder or "tiny-llava-scenes".
+        model: Sizes of a new model, or the checkpoint to go on from: a folder, or "tiny-llava-scenes".
         methods: What is plugged into it, as `config.json` stores it; weights of methods are trained in every stage.
         scored_per_family: Test questions per family for the model card.
         note: What a reader of the model card must know about the run; printed there as it stands.
@@ -64,9 +63,8 @@ class Recipe:
 
     output: str
     seed: int
+    model: ModelSpec | str
     stages: list[Stage]
-    model: ModelSpec | None = None
-    base: str | None = None
     methods: list[dict[str, Any]] = field(default_factory=list)
     scored_per_family: int = 500
     note: str = ""
@@ -75,8 +73,6 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.stages:
             raise ValueError("a recipe needs at least one stage")
-        if (self.model is None) == (self.base is None):
-            raise ValueError("a recipe needs either the sizes of a new model, under `model`, or a checkpoint as `base`")
         for method in self.methods:
             MethodConfig.from_dict(method)
 
@@ -100,7 +96,7 @@ def load_recipe(recipe: str | Path, overrides: list[str] | tuple[str, ...] = ())
     for override in overrides:
         _override(raw, override)
     fields = dict(_checked(Recipe, raw, str(path)))
-    if fields.get("model") is not None:
+    if not isinstance(fields["model"], str):
         fields["model"] = ModelSpec(**_checked(ModelSpec, fields["model"], "model"))
     if not isinstance(fields["stages"], list):
         raise ValueError(f"stages must be a list, got {type(fields['stages']).__name__}")

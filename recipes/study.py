@@ -141,8 +141,8 @@ def run_study(plan: Study, say: Callable[[str], None] = lambda line: None) -> di
 
 def _before(plan: Study, task: str, say: Callable[[str], None]) -> dict[str, Any] | None:
     """Scores of what all runs begin with."""
-    base = load_recipe(plan.recipe).base
-    if base is None:
+    base = load_recipe(plan.recipe).model
+    if not isinstance(base, str):
         return None
     say(f"asking: {base}, {BEFORE}")
     asked = evaluate(*mv.load(base), plan.task, out=Path(plan.output) / "before" / ANSWERS, batch_size=32, name=base)

@@ -98,8 +98,8 @@ def _load(plan: Recipe, previous: Path | None) -> tuple[PreTrainedModel, Process
     if previous is not None:
         return AutoModelForImageTextToText.from_pretrained(previous), AutoProcessor.from_pretrained(previous)
     methods = [MethodConfig.from_dict(method) for method in plan.methods]
-    if plan.base is not None:
-        return mv.load(plan.base, *methods)
+    if isinstance(plan.model, str):
+        return mv.load(plan.model, *methods)
     processor = build_processor(plan.model.side, plan.model.vision["patch_size"])
     model = build_model(plan.model.vision, plan.model.text, processor)
     return (mv.apply(model, *methods) if methods else model), processor

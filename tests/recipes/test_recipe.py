@@ -29,7 +29,7 @@ def test_overrides_reach_a_stage_by_its_name():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("sed=3", "unknown key sed; valid keys are output, seed, stages, model, base, methods"),
+        ("sed=3", "unknown key sed; valid keys are output, seed, model, stages, methods"),
         (
             "stages.towr.arguments.max_steps=7",
             "no stage 'towr'; there are tower, captions, mixed, questions, relations",
@@ -42,7 +42,7 @@ def test_overrides_reach_a_stage_by_its_name():
         ("stages.tower.objective=words", "objective must be one of patch_words, answers, got 'words'"),
         ("stages.tower.arguments.max_steps=0", "stages.tower.arguments needs max_steps of at least 1"),
         ("seed", "must look like key=value"),
-        ("base=tiny-llava-scenes", "either the sizes of a new model, under `model`, or a checkpoint as `base`"),
+        ("model=3", "model must be a mapping of keys to values, got int"),
         ("methods=[{type: spatial_token}]", "unknown method 'spatial_token'"),
     ],
 )
