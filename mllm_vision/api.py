@@ -18,7 +18,7 @@ from mllm_vision.encoding import encode_images, image_inputs
 from mllm_vision.host import SLOTTED_PREFIX, adapter_for, adapters
 from mllm_vision.registry import MethodConfig
 from mllm_vision.slots import Slots, replacing, restored, stored
-from mllm_vision.slotted import SlottedModel, require_weights, slotted_model
+from mllm_vision.slotted import SlottedModel, require_weights, slotted_model, spare_slots
 from mllm_vision.tokens import Roles
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -88,6 +88,7 @@ def remove(model: Model) -> Model:
         host.plug(Slots([], host.config))
         del host.vision_slots
         del host.config.mllm_vision
+        spare_slots(host.config, False)
         host.config.__class__ = adapter.stock_config
         _change_class(host, adapter.stock_model)
     return model
@@ -105,7 +106,7 @@ def using(model: Model, *methods: MethodConfig) -> Iterator[Model]:
         if before is None:
             remove(model)
         else:
-            _plug(host, before)
+            _plug(host, before.train(host.training))
 
 
 @dataclass(frozen=True)
@@ -189,6 +190,7 @@ def _plug(host: PreTrainedModel, slots: Slots) -> None:
         host.config.__class__ = slotted_config(adapter)
     host.plug(slots)
     host.config.mllm_vision = stored(slots.methods)
+    spare_slots(host.config, True)
 
 
 def _change_class(host: PreTrainedModel, cls: type) -> None:

@@ -84,6 +84,8 @@ def convert(
     if name not in layouts():
         raise ValueError(f"unknown layout {name!r}; there are {', '.join(sorted(layouts()))}")
     check_empty(out, overwrite)
+    if Path(source).exists() and out.resolve() == Path(source).resolve():
+        raise FileExistsError(f"{out} is the checkpoint itself; choose another folder")
     found = layouts()[name].convert(read_original(source, base), tower)
     with whole_folder(out) as folder:
         parameters = write_model(found, folder)
@@ -147,6 +149,8 @@ def check_empty(out: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise FileExistsError(f"{out} is not empty; choose another folder, or replace it with overwrite")
+    if out.is_symlink() or out.resolve() == Path.cwd():
+        raise FileExistsError(f"{out} is a link or the current folder and is not removed; name the folder to replace")
     if not (out / "processor_config.json").is_file():
         raise FileExistsError(f"{out} holds something other than a converted model and is not removed")
 

@@ -90,13 +90,13 @@ def _added(slots: Slots, encoded: Sequence[Encoded], grids: Sequence[tuple[int, 
     """The tokens added to each image, (T_i * count, D), tile after tile; images of one grid go through together."""
     if slots.projector is None:
         return [image.on_patches[:0] for image in encoded]
-    device = compute_device(slots.projector)
+    device, dtype = compute_device(slots.projector), next(slots.projector.parameters()).dtype
     added: dict[int, Tensor] = {}
     for grid, members in images_by_grid(grids).items():
-        maps = torch.cat([encoded[i].maps for i in members]).to(device)
+        maps = torch.cat([encoded[i].maps for i in members]).to(device, dtype)  # weights may be trained in float32
         tokens = slots.projector(on_grid(maps, grid, slots.projector.grid))
         added |= zip(members, tokens.split([len(encoded[i].maps) for i in members]), strict=True)
-    return [added[i].flatten(0, 1).to(image.on_patches.device) for i, image in enumerate(encoded)]
+    return [added[i].flatten(0, 1).to(image.on_patches) for i, image in enumerate(encoded)]
 
 
 def on_grid(maps: Tensor, grid: tuple[int, int], wanted: tuple[int, int]) -> Tensor:

@@ -48,6 +48,7 @@ def fit_columns(
     image_token_id: int,
     sizes: Sequence[int],
     slots: Sequence[Tensor],
+    added: int = 0,
 ) -> Fit:
     """The columns of prompts whose placeholders are fitted to their images.
 
@@ -58,6 +59,7 @@ def fit_columns(
         sizes: S_i, placeholders that the processor wrote for each image, in the order of the prompts.
         slots: n_i ascending placeholders of image i, each in 0..S_i - 1, that its tokens stand on; a placeholder that
             carries several tokens is named as often.
+        added: Placeholders that a processor may have written besides, to be told of in an error.
 
     Padding is trimmed to the longest fitted prompt and stays on its side: right where the caller padded right, left
     otherwise.
@@ -68,9 +70,12 @@ def fit_columns(
     marked = input_ids == image_token_id
     in_rows = marked.sum(1).tolist()
     if sum(in_rows) != sum(sizes):
+        room = (
+            f", or {added} more for each tile if the processor's num_additional_image_tokens says so" if added else ""
+        )
         raise ValueError(
             f"the prompts hold {sum(in_rows)} image placeholders (by prompt: {in_rows}), but the {len(sizes)} images "
-            f"need {sum(sizes)} (by image: {list(sizes)}); pass one image for each <image> mark, and let the "
+            f"need {sum(sizes)} (by image: {list(sizes)}){room}; pass one image for each <image> mark, and let the "
             "model's own processor expand the marks"
         )
     repeats = (~marked).long()

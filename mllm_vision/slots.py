@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
@@ -50,7 +51,7 @@ class Slots(nn.Module):
 
     def __init__(self, methods: Sequence[MethodConfig], config: PreTrainedConfig, keep: Slots | None = None):
         super().__init__()
-        self.methods = list(methods)
+        self.methods = [copy.copy(method) for method in methods]  # whoever changes his config changes no built module
         self.places: list[str] = []
         self.projector: AddedTokens | None = None
         self.resize: ImageOperation | None = None
@@ -88,7 +89,15 @@ class Slots(nn.Module):
             module = self.get_submodule(place)
             if method.needs_weights and module not in held:
                 module.to(device, model.dtype)
-                log.warning("%s starts from untrained weights: train it before you trust an answer", method.type)
+                log.warning(
+                    "%s starts from %.3g million untrained weights: train vision_slots.%s before you trust an answer",
+                    method.type,
+                    sum(parameter.numel() for parameter in module.parameters()) / 1e6,
+                    place,
+                )
+        for method in [] if keep is None else keep.methods:
+            if method.needs_weights and self.place_of(method) is None:
+                log.warning("%s goes, and its weights with it: %s", method.type, method)
 
     @property
     def added(self) -> int:

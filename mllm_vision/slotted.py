@@ -10,11 +10,14 @@ import functools
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import BitsAndBytesConfig, GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import StaticLayer
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -86,8 +89,8 @@ class SlottedModel(PreTrainedModel, GenerationMixin):
     ) -> Any:
         """As the stock `generate`: returns the caller's own prompt and the new tokens, whatever was pruned.
 
-        Logits processors and stopping criteria see the fitted prompt, which is shorter. A `max_length` or `min_length`
-        allows as many new tokens as it would without pruning.
+        Logits processors and stopping criteria see the fitted prompt, shorter or longer. A `max_length` or `min_length`
+        allows as many new tokens as it would without methods.
         """
         stock = super().generate
         prompt = kwargs.pop("input_ids", None) if inputs is None else inputs
@@ -96,7 +99,10 @@ class SlottedModel(PreTrainedModel, GenerationMixin):
         if prompt is None or (prefix is None and not self._reduces(kwargs)):
             return stock(prompt, generation_config, streamer=streamer, **kwargs)
         fitted = self._fitted_turn({"input_ids": prompt, **kwargs}, prefix)
-        fitted |= self._shifted_limits(generation_config, fitted, fitted["input_ids"].shape[1] - prompt.shape[1])
+        grown = fitted["input_ids"].shape[1] - prompt.shape[1]
+        if cache is not None and grown > 0:
+            _require_room(cache, fitted["input_ids"].shape[1], grown)
+        fitted |= self._shifted_limits(generation_config, fitted, grown)
         out = stock(
             generation_config=generation_config,
             streamer=None if streamer is None else _PromptStreamer(streamer, prompt),
@@ -115,7 +121,7 @@ class SlottedModel(PreTrainedModel, GenerationMixin):
         return out
 
     def _reduces(self, inputs: dict[str, Any]) -> bool:
-        """Whether there are images in ``inputs`` and methods to reduce them."""
+        """Whether there are images in ``inputs`` and methods that change what the prompt gets of them."""
         pixels = adapter_for(self.config).image_inputs[0]
         return inputs.get(pixels) is not None and bool(self.vision_slots.methods)
 
@@ -140,6 +146,7 @@ class SlottedModel(PreTrainedModel, GenerationMixin):
             self.config.image_token_id,
             [i.placeholders for i in encoded],
             [i.slots for i in encoded],
+            self.vision_slots.added,
         )
         stays = fit.keeps(ids.shape[1])
         if of_pairs is not None and not stays:
@@ -162,9 +169,12 @@ class SlottedModel(PreTrainedModel, GenerationMixin):
 
     def _has_room(self, ids: Tensor, images: Sequence[ImageTokens]) -> bool:
         """Whether a processor wrote placeholders for the added tokens (with `num_additional_image_tokens` raised)."""
-        written = int((ids == self.config.image_token_id).sum())
-        room = self.vision_slots.added * len(images)
-        return room > 0 and written == sum(image.placeholders for image in images) + room
+        if not self.vision_slots.added:
+            return False
+        marked = pad(ids == self.config.image_token_id, (0, 1)).flatten()
+        ends = marked.cumsum(0)[:-1][marked[:-1] & ~marked[1:]].tolist()  # of the runs of placeholders, counted through
+        room = list(accumulate(image.placeholders + self.vision_slots.added for image in images))
+        return ends[-1:] == room[-1:] and set(ends) <= set(room)
 
     def _fitted_turn(self, inputs: dict[str, Any], prefix: PromptPrefix | None) -> dict[str, Any]:
         """As `_fitted`, for a conversation of which a cache may hold an earlier, fitted part."""
@@ -188,7 +198,7 @@ class SlottedModel(PreTrainedModel, GenerationMixin):
         return {**turn, **{name: torch.cat([prefix.fitted[name], turn[name]], dim=1) for name in whole}}
 
     def _shifted_limits(self, config: GenerationConfig | None, inputs: dict[str, Any], by: int) -> dict[str, int]:
-        """Limits on the whole length, moved ``by`` the columns that fitting took away, so that they allow the same."""
+        """Limits on the whole length, moved ``by`` the columns that fitting added, so that they allow the same."""
 
         def asked(name: str) -> int | None:
             sources = (inputs.get(name), getattr(config, name, None), getattr(self.generation_config, name))
@@ -213,6 +223,16 @@ def _prefix(fitted: dict[str, Tensor], prompt: Tensor, earlier: PromptPrefix | N
         prompt.shape[1],
         {name: held[name].repeat_interleave(copies, dim=0) for name in names if held.get(name) is not None},
     )
+
+
+def _require_room(cache: Any, length: int, grown: int) -> None:
+    """Raise ValueError where a cache of a fixed size has no column left for the first new token."""
+    columns = min((layer.max_cache_len for layer in cache.layers if type(layer) is StaticLayer), default=None)
+    if columns is not None and columns <= length:
+        raise ValueError(
+            f"the cache has {columns} columns, but the prompt takes {length} with the tokens that are added to images; "
+            f"make it {grown} longer than without them"
+        )
 
 
 class _PromptStreamer(BaseStreamer):
@@ -261,6 +281,16 @@ def __getattr__(name: str) -> Any:
             if name == f"Slotted{kind}":
                 return make(adapter)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def spare_slots(config: PreTrainedConfig, spared: bool) -> None:
+    """Note in the config of a quantised model that its slots are not quantised, or take that back."""
+    quantised = getattr(config, "quantization_config", None)
+    if isinstance(quantised, BitsAndBytesConfig):
+        others = [name for name in quantised.llm_int8_skip_modules or ["lm_head"] if name != "vision_slots"]
+        quantised.llm_int8_skip_modules = (
+            [*others, "vision_slots"] if spared else None if others == ["lm_head"] else others
+        )
 
 
 def _sparing_slots(quantised: Any) -> Any:

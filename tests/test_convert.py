@@ -253,3 +253,13 @@ def test_other_adapters_than_plain_lora_are_refused(lora, source, tmp_path, odd)
 def test_lora_needs_what_was_trained_beside_it(lora, tmp_path):
     (lora / "non_lora_trainables.bin").unlink()
     assert "lora has no non_lora_trainables.bin" in error_of(run("llava", lora, tmp_path / "out"))
+
+
+def test_the_checkpoint_itself_is_not_replaced(tmp_path):
+    (tmp_path / "processor_config.json").write_text("{}")
+    with pytest.raises(FileExistsError, match="is the checkpoint itself"):
+        convert("llava", str(tmp_path), tmp_path, overwrite=True)
+    (tmp_path / "link").symlink_to(tmp_path, target_is_directory=True)
+    with pytest.raises(FileExistsError, match="is a link or the current folder"):
+        convert("llava", "elsewhere", tmp_path / "link", overwrite=True)
+    assert (tmp_path / "processor_config.json").exists()

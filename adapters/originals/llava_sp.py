@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from mllm_vision.adapters.llava import tile_grid
 from mllm_vision.adapters.originals import llava
 from mllm_vision.auto import slotted_config
 from mllm_vision.convert import Conversion
@@ -37,15 +38,12 @@ def convert(original: Original, tower: str | None) -> Conversion:
     projectors = {key: weight for key, weight in original.weights.items() if not key.startswith(LLAVA)}
     if not any(key.startswith("model.conv_") for key in projectors):
         raise ValueError("the checkpoint has no spatial branch (model.conv_4.weight, ...); is its layout llava?")
-    theirs = from_authors({key.removeprefix("model."): weight for key, weight in projectors.items()})
-    weights = {key: weight for key, weight in original.weights.items() if key not in projectors}
-    weights |= {f"model.{name}": weight for name, weight in theirs.patch_branch.items()}
+    spatial = {key for key in projectors if not key.startswith("model.mm_projector.")}
+    weights = {key: weight for key, weight in original.weights.items() if key not in spatial}
     found = llava.convert(replace(original, weights=weights), tower)
     adapter = adapter_for(found.config)
-    if (seen := adapter.facts(found.config).grid) != theirs.grid:
-        raise ValueError(
-            f"the spatial branch is made for {theirs.grid} patches, the tower sees {seen}; give its own, --tower DIR"
-        )
+    side, _ = tile_grid(found.config)
+    theirs = from_authors({key.removeprefix("model."): weight for key, weight in projectors.items()}, side)
     slotted = slotted_config(adapter)
     settings = found.config.to_dict() | {"model_type": slotted.model_type, "mllm_vision": stored([theirs.config])}
     sizes = ", ".join(str(side) for side, _ in scale_sizes(theirs.grid, theirs.config.scales))

@@ -21,10 +21,11 @@ model, S scales of (h, w) patches, K places that the details are taken at.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,10 @@ SIDE = 24
 DETAILS = 5
 """Places a side that the details are taken at: 5 x 5 in the authors' code."""
 
-AUTHORS_KERNEL = re.compile(r"conv_([1-9]\d*)(\.1)?\.weight")
+Variant = Literal["pooling", "cropping"]
+VARIANTS: tuple[Variant, ...] = get_args(Variant)
+
+AUTHORS_KERNEL = re.compile(r"conv_([1-9]\d*)(?:\.1)?\.weight")
 
 
 @dataclass(kw_only=True)
@@ -52,11 +56,11 @@ class SpatialTokensConfig(PluggedConfig, type="spatial_tokens", kind="projector"
             the authors' quick start, for detail); "pooling" sees the whole image, pooled from coarse to fine.
         channels: Width of the spatial branch (the authors' code: 512); its size and cost grow with it.
         scales: Tokens to add to an image, or to each of its tiles (paper: 6; it also tries 3 and 12).
-        side: Side of the square grid that the kernels are made for, onto which a map of any other grid is brought by
-            average pooling; None is the tower's own grid, or 24 where that depends on the image.
+        side: Side of the square grid that the kernels are made for, at most the tower's own; a map of any other grid is
+            brought onto it by average pooling. None is the tower's own grid, or 24 where that depends on the image.
     """
 
-    variant: Literal["pooling", "cropping"] = "cropping"
+    variant: Variant = "cropping"
     channels: int = 512
     scales: int = 6
     side: int | None = None
@@ -70,6 +74,11 @@ class SpatialTokensConfig(PluggedConfig, type="spatial_tokens", kind="projector"
                 raise ValueError(f"{name} must be 1 or more, got {value}")
 
     def check(self, tower: TowerFacts) -> None:
+        if self.side is not None and tower.grid is not None and self.side > min(tower.grid):
+            height, width = tower.grid
+            raise ValueError(
+                f"side must be in 1..{min(tower.grid)} for a tower that sees {height} x {width}, got {self.side}"
+            )
         scale_sizes(self.grid(tower), self.scales)
 
     def build(self, tower: TowerFacts) -> SpatialTokens:
@@ -99,7 +108,7 @@ class SpatialTokens(AddedTokens):
         self.width = width
         self.sizes = scale_sizes(grid, config.scales)
         self.see = centre_crop if cropping else adaptive_avg_pool2d
-        self.kernels = nn.ModuleList(WholeConv2d(width, config.channels, size, bias=False) for size in self.sizes)
+        self.kernels = nn.ModuleList(Kernel(width, config.channels, size) for size in self.sizes)
         self.details = Details(grid, width, config.channels) if cropping else None
         self.project = nn.Linear(config.channels * (2 if cropping else 1), out, bias=cropping)
 
@@ -116,27 +125,25 @@ class SpatialTokens(AddedTokens):
                 f"{tuple(features.shape)}; the kernels fit one grid, so build spatial tokens for the one the tower sees"
             )
         patches = features.transpose(1, 2).unflatten(2, self.grid)  # (B, C, H, W), a view
-        seen = [kernel(self.see(patches, size)) for kernel, size in zip(self.kernels, self.sizes, strict=True)]
+        maps = (self.see(patches, size).flatten(1) for size in self.sizes)
+        seen = [kernel(window) for kernel, window in zip(self.kernels, maps, strict=True)]
         tokens = torch.stack(seen, dim=1)  # (B, S, O)
         if self.details is not None:
             tokens = torch.cat([tokens, self.details(tokens, patches)], dim=-1)
         return self.project(gelu(tokens))
 
 
-class WholeConv2d(nn.Conv2d):
-    """A convolution over a map as large as its kernel, as the matrix product that it is: (B, C, h, w) to (B, O)."""
+class Kernel(nn.Module):
+    """The kernel (O, C, h, w) of a convolution without bias, begun as torch begins one, for windows of its own size."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        # The map is brought into the kernel's order; the kernel, O times as large, is only read.
-        return linear(input.flatten(1), self.weight.flatten(1))
+    def __init__(self, width: int, channels: int, size: tuple[int, int]):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, width, *size))
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
 
-
-class WindowsConv2d(nn.Conv2d):
-    """A convolution with few places K and a kernel nearly as large as its map: (B, C, H, W) to (B, K, O)."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        # On a processor, a convolution would first bring the whole kernel, far larger than the windows, into its order.
-        windows = unfold(input, self.kernel_size, stride=self.stride).transpose(1, 2)  # (B, K, C * h * w)
+    def forward(self, windows: Tensor) -> Tensor:
+        """Flat windows (..., C * h * w) to (..., O)."""
+        # As a matrix product, which only reads the kernel: a processor's convolution would first reorder all of it.
         return linear(windows, self.weight.flatten(1))
 
 
@@ -146,13 +153,14 @@ class Details(nn.Module):
     def __init__(self, grid: tuple[int, int], width: int, channels: int):
         super().__init__()
         (height, down), (across, right) = detail_window(grid[0]), detail_window(grid[1])
-        self.conv = WindowsConv2d(width, channels, (height, across), (down, right), bias=False)
+        self.size, self.stride = (height, across), (down, right)
+        self.conv = Kernel(width, channels, self.size)
         self.query = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, channels))
         self.key = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, channels))
         self.value = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, channels))
 
     def forward(self, tokens: Tensor, patches: Tensor) -> Tensor:
-        details = self.conv(patches)  # (B, K, O)
+        details = self.conv(unfold(patches, self.size, stride=self.stride).transpose(1, 2))  # (B, K, O)
         return scaled_dot_product_attention(self.query(tokens), self.key(details), self.value(details))
 
 
@@ -204,29 +212,37 @@ class AuthorsWeights:
     patch_branch: dict[str, Tensor]
 
 
-def from_authors(weights: Mapping[str, Tensor]) -> AuthorsWeights:
+def from_authors(weights: Mapping[str, Tensor], side: int | None = None) -> AuthorsWeights:
     """The authors' weights under our names; variant and sizes, which their checkpoints do not state, follow from them.
 
     Args:
         weights: Under the authors' names, without the prefix ``model.`` or ``base_model.model.model.``.
+        side: Of the grid that the tower sees; None is that of the largest kernel.
 
     Raises:
         ValueError: keys are missing or surplus, or a weight is of another shape than the others ask for.
     """
-    found = sorted((int(m[1]), m[0], bool(m[2])) for m in map(AUTHORS_KERNEL.fullmatch, weights) if m)
-    if not found:
+    kernels = [int(match[1]) for match in map(AUTHORS_KERNEL.fullmatch, weights) if match]
+    if not kernels:
         raise ValueError(f"expected keys such as conv_4.weight, without a prefix, got {', '.join(weights) or 'none'}")
-    (smallest, _, _), (side, largest, _) = found[0], found[-1]
     patch_branch = {name: weight for name, weight in weights.items() if name.startswith("mm_projector.")}
-    variant: Literal["pooling", "cropping"] = "pooling" if any(pools for _, _, pools in found) else "cropping"
-    scales = side // smallest
+    theirs, side = weights.keys() - patch_branch, side or max(kernels)
+    if max(kernels) > side:
+        raise ValueError(
+            f"kernels for {max(kernels)} x {max(kernels)} patches do not fit a tower that sees {side} x {side}"
+        )
+    variant, scales = min(
+        ((variant, scales) for variant in VARIANTS for scales in range(1, side + 1)),
+        key=lambda found: len(authors_names(found[0], side, found[1]).keys() ^ theirs),
+    )
     names = authors_names(variant, side, scales)
-    if weights.keys() - patch_branch != names.keys():
-        missing, surplus = names.keys() - weights.keys(), weights.keys() - patch_branch - names.keys()
+    if theirs != names.keys():
+        missing, surplus = names.keys() - theirs, theirs - names.keys()
         raise ValueError(
             f"not the weights of {scales} {variant} scales on a {side} x {side} grid: missing are "
             f"{', '.join(sorted(missing)) or 'none'}, surplus are {', '.join(sorted(surplus)) or 'none'}"
         )
+    largest = next(name for name in names if names[name] == f"kernels.{scales - 1}.weight")
     (channels, width), out = weights[largest].shape[:2], len(weights["conv_linear.1.weight"])
     config = SpatialTokensConfig(variant=variant, channels=channels, scales=scales)
     with torch.device("meta"):
@@ -240,7 +256,7 @@ def from_authors(weights: Mapping[str, Tensor]) -> AuthorsWeights:
     return AuthorsWeights(config, (side, side), width, out, spatial, patch_branch)
 
 
-def authors_names(variant: str, side: int, scales: int) -> dict[str, str]:
+def authors_names(variant: Variant, side: int, scales: int) -> dict[str, str]:
     """Our name of each of the authors' weights for a (side, side) grid, their patch branch apart."""
     names = {}
     for i, (part, _) in enumerate(scale_sizes((side, side), scales)):

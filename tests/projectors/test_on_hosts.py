@@ -5,6 +5,7 @@ Shapes: T tiles of (H, W) patches, S tokens added to each, C channels of the tow
 
 import copy
 import logging
+import re
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from accelerate import dispatch_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
-from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, LlavaForConditionalGeneration
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, LlavaForConditionalGeneration, StaticCache
 
 import mllm_vision as mv
 from mllm_vision.projectors import SpatialTokensConfig
@@ -230,7 +231,10 @@ def test_a_checkpoint_without_its_spatial_weights_is_refused(host, model, tmp_pa
 def test_load_starts_from_the_stock_projector_and_torchs_own_initialisation(host, checkpoint, added, caplog):
     with caplog.at_level(logging.WARNING, "mllm_vision"):
         model, _ = mv.load(checkpoint(host), added)
-    assert caplog.messages == ["spatial_tokens starts from untrained weights: train it before you trust an answer"]
+    [message] = caplog.messages
+    assert re.fullmatch(
+        r"spatial_tokens starts from 0\.\d+ million untrained weights: train vision_slots.projector before .*", message
+    )
     expected = projector(host.model()).state_dict()
     for name, weight in projector(model).state_dict().items():
         assert_close(weight, expected[name], rtol=0, atol=0)
@@ -259,7 +263,8 @@ def test_weights_stay_until_their_kind_is_replaced(host, model, caplog):
             mv.remove(model)
         assert_close(model(**inputs).logits, pruned, rtol=0, atol=0)
         assert model.vision_slots.projector is weights
-        assert len(caplog.messages) == 1  # of CROPPING
+        goes, starts = sorted(caplog.messages)
+        assert goes == f"spatial_tokens goes, and its weights with it: {POOLING}" and "untrained" in starts
     mv.remove(model)
     assert traces(model) == before
 
@@ -335,6 +340,59 @@ def test_quantisation_leaves_the_added_weights_alone(tmp_path, asked):
 
 
 @torch.no_grad()
+def test_a_quantised_model_comes_back_with_weights_that_were_added_to_it(tmp_path):
+    config = copy.deepcopy(LLAVA.model().config)
+    for part in (config.vision_config, config.text_config):
+        part.hidden_size, part.intermediate_size = 64, 128
+    config.text_config.head_dim = 16
+    LLAVA.save(tmp_path / "stock")
+    LlavaForConditionalGeneration(config).save_pretrained(tmp_path / "stock")
+    model, _ = mv.load(tmp_path / "stock", CROPPING, quantization_config=FOUR_BIT)
+    model.save_pretrained(tmp_path / "slotted")
+    inputs = LLAVA.inputs(question())
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "slotted")
+    assert type(again.model.multi_modal_projector.linear_1).__name__ == "Linear4bit"
+    assert type(again.vision_slots.projector.project).__name__ == "Linear"
+    assert_close(again(**inputs).logits, model(**inputs).logits)
+    assert mv.remove(model).config.quantization_config.llm_int8_skip_modules is None
+
+
+@torch.no_grad()
+def test_added_weights_may_be_of_another_dtype(host, model):
+    inputs = host.inputs(*mixed_rows())
+    mv.apply(model.bfloat16(), CROPPING)
+    low = {k: v.bfloat16() if v.is_floating_point() else v for k, v in inputs.items()}
+    expected = model(**low).logits
+    model.vision_slots.float()
+    logits = model(**low).logits
+    assert logits.dtype == torch.bfloat16
+    assert (logits.float() - expected.float()).norm() < 0.1 * expected.float().norm()
+
+
+def test_a_config_that_changes_later_changes_nothing_that_was_built():
+    config = SpatialTokensConfig(channels=8, scales=3)
+    model = mv.apply(LLAVA.model(), config)
+    config.channels = 16
+    assert model.vision_slots.methods[0].channels == 8
+    mv.apply(model, config)
+    assert model.vision_slots.projector.project.in_features == 2 * 16
+
+
+@torch.no_grad()
+def test_a_cache_without_room_for_the_added_tokens_is_refused(host, model):
+    mv.apply(model, CROPPING)
+    inputs = host.inputs(question())
+    length = inputs["input_ids"].shape[1]
+    most = length + 8 + CROPPING.scales * len(mv.inspect_tokens(model, **inputs))
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=most)
+    expected = model.generate(**inputs, **GREEDY)
+    assert torch.equal(model.generate(**inputs, **GREEDY, past_key_values=cache), expected)
+    small = StaticCache(config=model.config.get_text_config(), max_cache_len=length)
+    with pytest.raises(ValueError, match=rf"the cache has {length} columns, but the prompt takes {most - 8} with"):
+        model.generate(**inputs, **GREEDY, past_key_values=small)
+
+
+@torch.no_grad()
 def test_added_weights_may_lie_on_disk(tmp_path):
     inputs = LLAVA.inputs(question())
     model = mv.apply(LLAVA.model(), CROPPING)
@@ -372,7 +430,7 @@ def test_lora_trains_and_saves_the_added_weights(host, checkpoint, tmp_path):
     )
     with torch.no_grad():
         expected = model(**inputs).logits
-        assert_close(again.eval()(**inputs).logits, expected, rtol=0, atol=0)
+        assert_close(again.eval()(**inputs).logits, expected)
         with mv.using(again, CROPPING):  # other reducers, the same trained weights
             everything = again(**inputs).logits
         assert everything.shape[1] > expected.shape[1]
@@ -391,6 +449,8 @@ def test_scales_that_do_not_fit_the_grid_are_refused_before_a_weight_is_read(che
         mv.apply(QWEN.model(), SpatialTokensConfig(scales=25, channels=1))
     with pytest.raises(ValueError, match=r"scales must be in 1\.\.4 on a 4 x 4 grid, got 6"):
         mv.apply(NEXT.model(), SpatialTokensConfig())
+    with pytest.raises(ValueError, match=r"side must be in 1\.\.6 for a tower that sees 6 x 6, got 7"):
+        mv.load(checkpoint(LLAVA), SpatialTokensConfig(side=7))
 
 
 def test_two_projectors_are_refused():
@@ -415,8 +475,19 @@ def test_placeholders_that_fit_neither_way_are_refused():
     model = mv.apply(LLAVA.model(), POOLING)
     inputs = LLAVA.inputs(question())
     ids = torch.cat([inputs["input_ids"], torch.full((1, 2), model.config.image_token_id)], dim=1)
-    with pytest.raises(ValueError, match="placeholders"):
+    with pytest.raises(
+        ValueError, match=r"hold 38 .* need 36 \(by image: \[36\]\), or 3 more for each tile if the proc"
+    ):
         model(input_ids=ids, pixel_values=inputs["pixel_values"])
+
+
+def test_a_mark_too_many_is_not_taken_for_room():
+    model = mv.apply(LLAVA.model(), SpatialTokensConfig(channels=2, scales=6))
+    pixels = LLAVA.inputs(question())["pixel_values"].expand(6, -1, -1, -1)
+    text, image = torch.tensor([[5]]), torch.full((1, 36), model.config.image_token_id)
+    seven = torch.cat([part for _ in range(7) for part in (text, image)], dim=1)  # 7 * 36 = 6 * (36 + 6)
+    with pytest.raises(ValueError, match=r"hold 252 image placeholders .* need 216"):
+        model(input_ids=seven, pixel_values=pixels)
 
 
 def test_prompts_of_the_tests_have_images_of_several_shapes():

@@ -287,7 +287,10 @@ def theirs(variant, side, scales):
 
 @pytest.mark.parametrize(
     ("variant", "side", "scales"),
-    [("pooling", 24, 6), ("pooling", 24, 3), ("pooling", 6, 2), ("cropping", 24, 6), ("cropping", 24, 12)],
+    [
+        *(("pooling", 24, 6), ("pooling", 24, 3), ("pooling", 6, 2), ("cropping", 24, 6), ("cropping", 24, 12)),
+        *(("pooling", 16, 6), ("cropping", 14, 6), ("pooling", 27, 12), ("cropping", 24, 5), ("pooling", 24, 1)),
+    ],
 )
 def test_the_authors_checkpoint_tells_its_variant_and_sizes(variant, side, scales):
     weights = theirs(variant, side, scales)
@@ -298,6 +301,16 @@ def test_the_authors_checkpoint_tells_its_variant_and_sizes(variant, side, scale
     assert found.spatial.keys() == expected.keys()
     assert all(torch.equal(found.spatial[name], expected[name]) for name in expected)
     assert sorted(found.patch_branch) == ["mm_projector.0.bias", "mm_projector.2.bias"]
+
+
+@pytest.mark.parametrize("variant", ["pooling", "cropping"])
+def test_whatever_key_is_missing_is_named(variant):
+    whole = theirs(variant, 24, 6)
+    for name in authors_names(variant, 24, 6):
+        with pytest.raises(
+            ValueError, match=rf"6 {variant} scales on a 24 x 24 grid: missing are {name}, surplus are none"
+        ):
+            from_authors(without(whole, name), side=24)
 
 
 def without(weights, *names):
