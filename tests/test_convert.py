@@ -258,8 +258,8 @@ def test_lora_needs_what_was_trained_beside_it(lora, tmp_path):
 def test_the_checkpoint_itself_is_not_replaced(tmp_path):
     (tmp_path / "processor_config.json").write_text("{}")
     with pytest.raises(FileExistsError, match="is the checkpoint itself"):
-        convert("llava", str(tmp_path), tmp_path, overwrite=True)
+        engine.convert("llava", str(tmp_path), tmp_path, overwrite=True)
     (tmp_path / "link").symlink_to(tmp_path, target_is_directory=True)
     with pytest.raises(FileExistsError, match="is a link or the current folder"):
-        convert("llava", "elsewhere", tmp_path / "link", overwrite=True)
+        engine.convert("llava", "elsewhere", tmp_path / "link", overwrite=True)
     assert (tmp_path / "processor_config.json").exists()
