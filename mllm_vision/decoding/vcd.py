@@ -38,7 +38,8 @@ class VCDConfig(ContrastConfig, type="vcd", paper="arXiv 2311.16922"):
     Args:
         alpha: Weight of the contrast, 0 or more (paper: 1).
         beta: Tokens with less than this share of the probability of the likeliest are out, in [0, 1) (paper: 0.1).
-        steps: Noise added, in steps of 1000, 0..999 (authors' scripts: 500; 999 is next to nothing but noise).
+        steps: How far the image is diffused, 0..999 (authors' scripts: 500, which leaves 0.86 of its amplitude; the
+            most leaves 0.29).
         seed: Seed of the noise.
     """
 
