@@ -18,7 +18,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import (
+    Cache,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+)
 from transformers.generation import GenerationMode
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
@@ -87,16 +94,22 @@ def with_contrast(
     return fitted, ContrastivePrompt(contrast.config, contrastive, shown)
 
 
-def require_sampling_loop(config: ContrastConfig, generation: GenerationConfig, **given: Any) -> None:
-    """Raise ValueError where `generate` was asked for another loop, or to go on from a cache of one prompt."""
-    mode = generation.get_generation_mode(given.get("assistant_model"))
+def require_sampling_loop(
+    config: ContrastConfig,
+    generation: GenerationConfig,
+    *,
+    assistant_model: PreTrainedModel | None = None,
+    past_key_values: Cache | None = None,
+) -> None:
+    """Raise ValueError where `generate` was asked for another loop, or for a cache that does not hold both prompts."""
+    mode = generation.get_generation_mode(assistant_model)
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) or generation.cache_implementation == "paged":
         asked = "paged caches" if generation.cache_implementation == "paged" else mode.value.replace("_", " ")
         raise ValueError(
             f"{config.type} decodes by greedy search or sampling, got {asked}: use num_beams=1, no assistant and no "
             "paged cache, or take the decoding out"
         )
-    if given.get("past_key_values") is not None:
+    if past_key_values is not None:
         raise ValueError(
             f"{config.type} keeps a cache of its own, which holds the contrastive prompt, too, got past_key_values: "
             "leave it out and pass the whole conversation"
@@ -108,7 +121,7 @@ def require_sampling_loop(config: ContrastConfig, generation: GenerationConfig, 
         )
 
 
-def decode_plainly(config: ContrastConfig) -> None:
+def say_decoded_plainly(config: ContrastConfig) -> None:
     """Say that prompts without an image leave nothing to contrast with."""
     log.warning_once(f"{config.type}: there is no image in the prompts, which are decoded plainly")
 
@@ -148,20 +161,16 @@ class OneCall:
         inputs = {name: value for name, value in inputs.items() if name not in adapter_for(model.config).image_inputs}
         loop = {"input_ids": input_ids, "generation_config": generation_config, **inputs}
         if adapter_for(model.config).image_inputs[0] not in images:
-            decode_plainly(self.config)
+            say_decoded_plainly(self.config)
             return GenerationMixin._sample(model, **loop)
-        cache = inputs.get("past_key_values")
-        require_sampling_loop(
-            self.config,
-            generation_config,
-            past_key_values=cache if getattr(cache, "_is_user_defined", False) else None,
-        )
-        prompt = {"input_ids": input_ids, "attention_mask": inputs.get("attention_mask")}
-        prompt |= {"mm_token_type_ids": inputs.get("mm_token_type_ids")}
-        copies = generation_config.num_return_sequences
-        prompt = {name: value[::copies] for name, value in prompt.items() if value is not None}
-        slots = Slots([], model.config)
-        fitted, contrastive = with_contrast(model, slots, self.contrast(model), prompt | images)
+        cache = inputs.get("past_key_values")  # by now there is one in any case
+        given = cache if getattr(cache, "_is_user_defined", False) else None
+        require_sampling_loop(self.config, generation_config, past_key_values=given)
+        copies = generation_config.num_return_sequences  # which the rows have been repeated for, but not the images
+        along = ("input_ids", "attention_mask", "mm_token_type_ids")
+        prompt = {name: loop[name][::copies] for name in along if loop.get(name) is not None} | images
+        prompt["pixel_values_videos"] = (inputs.get("mm_encoder_outputs") or {}).get("video")  # encoded by now
+        fitted, contrastive = with_contrast(model, Slots([], model.config), self.contrast(model), prompt)
         fitted = pad_left(model, fitted, input_ids.shape[1])
         _, fitted = model._expand_inputs_for_generation(copies, **fitted)
         for name in ("position_ids", "mm_encoder_outputs"):  # which stock `generate` made without the images

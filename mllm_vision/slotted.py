@@ -20,7 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.quantizers import AutoQuantizationConfig
 
 from mllm_vision.auto import slotted_config
-from mllm_vision.contrast import OneCall, decode_plainly, require_sampling_loop, with_contrast
+from mllm_vision.contrast import OneCall, say_decoded_plainly, require_sampling_loop, with_contrast
 from mllm_vision.encoding import encode_images
 from mllm_vision.fitting import fit_prompt, fittable_images
 from mllm_vision.host import Adapter, adapter_for, adapters
@@ -99,13 +99,9 @@ class SlottedModel(PreTrainedModel, GenerationMixin):
             contrast, custom_generate = custom_generate.contrast(self), None
         stock = functools.partial(super().generate, custom_generate=custom_generate)
         prompt = kwargs.pop("input_ids", None) if inputs is None else inputs
-        if contrast is not None:
-            if self._has_images(kwargs):
-                generation = self._prepare_generation_config(generation_config, **kwargs)[0]
-                require_sampling_loop(contrast.config, generation, **kwargs)
-            else:
-                decode_plainly(contrast.config)
-                contrast = None
+        if contrast is not None and not self._has_images(kwargs):
+            say_decoded_plainly(contrast.config)
+            contrast = None
         cache = kwargs.get("past_key_values")
         prefix = getattr(cache, "visual_prefix", None) if cache is not None and cache.get_seq_length() else None
         if contrast is None and (prompt is None or (prefix is None and not self._reduces(kwargs))):
@@ -113,6 +109,12 @@ class SlottedModel(PreTrainedModel, GenerationMixin):
         if contrast is None:
             fitted = self._fitted_turn({"input_ids": prompt, **kwargs}, prefix)
         else:
+            require_sampling_loop(
+                contrast.config,
+                self._prepare_generation_config(generation_config, **kwargs)[0],
+                assistant_model=kwargs.get("assistant_model"),
+                past_key_values=cache,
+            )
             fitted, contrastive = with_contrast(self, self.vision_slots, contrast, {"input_ids": prompt, **kwargs})
             fitted["mm_encoder_outputs"][CONTRAST] = contrastive
         fitted |= self._shifted_limits(generation_config, fitted, fitted["input_ids"].shape[1] - prompt.shape[1])

@@ -48,8 +48,7 @@ def contrastive_prompts(host, stock, inputs, config, kept=None):
         kept: The patches that a reducer keeps of each noised image, as lists; None for all.
     """
     if isinstance(config, VCDConfig):
-        everything = [[p for p in host.placeholders(inputs, i) if p is not None] for i in range(number(inputs))]
-        rows = prune_by_hand(host, stock, noised(stock, inputs, config), kept or everything)
+        rows = prune_by_hand(host, stock, noised(stock, inputs, config), kept or all_patches(host, inputs))
         return [(embeddings, positions) for _, embeddings, positions in rows]
     chosen = [[]] * number(inputs)
     if isinstance(config, DamroConfig):
@@ -117,9 +116,15 @@ def scores_by_hand(stock, prompt, contrastive, config, steps, forced=None):
     return tokens, torch.stack(scores)
 
 
-def decoded_by_hand(host, stock, inputs, config, steps, *, kept=None, forced=None):
-    """Tokens (B, steps) and scores (B, steps, V) of a batch, a prompt at a time."""
-    full = prune_by_hand(host, stock, inputs, all_patches(host, inputs) if kept is None else kept)
+def decoded_by_hand(host, stock, inputs, config, steps, *, kept=None, added=None, forced=None):
+    """Tokens (B, steps) and scores (B, steps, V) of a batch, a prompt at a time.
+
+    Args:
+        kept: The patches that a reducer keeps of each image, as lists; None for all.
+        added: The tokens that a projector adds to each image.
+        forced: Tokens (B, steps) to go along, in place of the likeliest ones.
+    """
+    full = prune_by_hand(host, stock, inputs, all_patches(host, inputs) if kept is None else kept, added)
     contrastive = contrastive_prompts(host, stock, inputs, config)
     tokens, scores = [], []
     for i, (ids, (_, *prompt), other) in enumerate(zip(prompts(inputs), full, contrastive, strict=True)):

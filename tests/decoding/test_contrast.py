@@ -26,6 +26,7 @@ from mllm_vision.reducers import DownsampleConfig, HiPruneConfig, RandomConfig
 from mllm_vision.slots import stored
 from tests.decoding.by_hand import contrastive_prompts, decoded_by_hand, scores_by_hand
 from tests.hosts import HOSTS
+from tests.projectors.test_on_hosts import POOLING, added_by_hand
 from tests.test_hosts import GREEDY, Collector, kept_patches, mixed_rows, prune_by_hand, question, traces, with_lora
 
 HOST = {host.name: host for host in HOSTS}
@@ -131,6 +132,31 @@ def test_a_pruned_prompt_is_contrasted_with_outliers_among_all_patches(host, met
 
 
 @torch.no_grad()
+def test_tokens_that_a_projector_adds_are_not_in_the_contrastive_prompt(host, model):
+    inputs, stock = host.inputs(*mixed_rows()), host.model()
+    mv.apply(model, POOLING, HiPruneConfig(keep=9), CONFIG)
+    added = added_by_hand(stock, model.vision_slots.projector, inputs)
+    tokens, scores = decoded_by_hand(host, stock, inputs, CONFIG, 4, kept=kept_patches(model, inputs), added=added)
+    out = model.generate(**inputs, max_new_tokens=4, do_sample=False, **SCORES)
+    assert out.sequences[:, -4:].tolist() == tokens
+    assert_close(torch.stack(out.scores, dim=1), scores, rtol=1e-5, atol=1e-4)
+
+
+@torch.no_grad()
+def test_placeholders_for_added_tokens_change_nothing():
+    model, inputs = mv.apply(LLAVA.model(), POOLING, CONFIG), LLAVA.inputs(*mixed_rows())
+    processor = copy.deepcopy(LLAVA.processor)
+    processor.num_additional_image_tokens += POOLING.scales
+    text = [prompt.replace("{}", LLAVA.image_mark) for prompt, _ in mixed_rows()]
+    images = [image for _, row in mixed_rows() for image in row]
+    longer = processor(images=images, text=text, padding=True, return_tensors="pt")
+    assert longer["input_ids"].shape[1] == inputs["input_ids"].shape[1] + 2 * POOLING.scales
+    expected, out = (model.generate(**given, **GREEDY) for given in (inputs, longer))
+    assert out[:, -8:].tolist() == expected[:, -8:].tolist()
+    assert out[:, :-8].tolist() == longer["input_ids"].tolist()
+
+
+@torch.no_grad()
 def test_a_noised_image_is_pruned_as_the_image_is():
     inputs, stock, config = LLAVA.inputs(question(1), question(2)), LLAVA.model(), VCDConfig(steps=900)
     model = mv.apply(LLAVA.model(), RandomConfig(keep=7), config)
@@ -216,7 +242,7 @@ def test_inputs_that_cannot_be_fitted_are_refused():
 
 def test_a_model_decodes_in_one_way():
     model = mv.apply(LLAVA.model(), CONFIG)
-    with pytest.raises(ValueError, match="a model decodes in one way, got 2 methods of kind decoding"):
+    with pytest.raises(ValueError, match="only one method can say how to decode, and more do among damro, text_only"):
         mv.apply(model, CONFIG, TextOnlyConfig())
     assert model.vision_slots.methods == [CONFIG]
 
