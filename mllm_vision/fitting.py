@@ -44,16 +44,15 @@ def fit_prompt(
     adapter, ids, mask = adapter_for(model.config), inputs["input_ids"], inputs.get("attention_mask")
     if _has_room(model, slots, ids, encoded):
         encoded = [image.with_placeholders(slots.added) for image in encoded]
-    by_column = mask is None or mask.dim() == 2
     fit = fit_columns(
         ids,
-        mask if by_column else None,
+        mask if mask is None or mask.dim() == 2 else None,
         model.config.image_token_id,
         [i.placeholders for i in encoded],
         [i.slots for i in encoded],
     )
     stays = fit.keeps(ids.shape[1])
-    if not by_column and not stays:
+    if mask is not None and mask.dim() != 2 and not stays:
         raise ValueError(
             "attention_mask must be (batch, length) where images have more or fewer tokens than placeholders, got "
             f"{tuple(mask.shape)}"

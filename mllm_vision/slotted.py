@@ -20,7 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.quantizers import AutoQuantizationConfig
 
 from mllm_vision.auto import slotted_config
-from mllm_vision.contrast import OneCall, say_decoded_plainly, require_sampling_loop, with_contrast
+from mllm_vision.contrast import OneCall, require_sampling_loop, say_decoded_plainly, with_contrast
 from mllm_vision.encoding import encode_images
 from mllm_vision.fitting import fit_prompt, fittable_images
 from mllm_vision.host import Adapter, adapter_for, adapters
