@@ -160,12 +160,12 @@ class OneCall:
         images = image_inputs(model, inputs)
         inputs = {name: value for name, value in inputs.items() if name not in adapter_for(model.config).image_inputs}
         loop = {"input_ids": input_ids, "generation_config": generation_config, **inputs}
+        cache = inputs.get("past_key_values")  # by now there is one in any case
+        given = cache if images and getattr(cache, "_is_user_defined", False) else None
+        require_sampling_loop(self.config, generation_config, past_key_values=given)
         if adapter_for(model.config).image_inputs[0] not in images:
             say_decoded_plainly(self.config)
             return GenerationMixin._sample(model, **loop)
-        cache = inputs.get("past_key_values")  # by now there is one in any case
-        given = cache if getattr(cache, "_is_user_defined", False) else None
-        require_sampling_loop(self.config, generation_config, past_key_values=given)
         copies = generation_config.num_return_sequences  # which the rows have been repeated for, but not the images
         along = ("input_ids", "attention_mask", "mm_token_type_ids")
         prompt = {name: loop[name][::copies] for name in along if loop.get(name) is not None} | images
@@ -237,13 +237,12 @@ class _Subtract(LogitsProcessor):
 def _both(input_ids: Tensor, inputs: dict[str, Any], contrastive: dict[str, Any]) -> dict[str, Any]:
     """``inputs`` of the loop with the rows of the contrastive prompts behind its own."""
     both = dict(inputs)
-    mask = inputs.get("attention_mask")  # stock `generate` drops one that is all ones, for speed
-    mask = torch.cat([torch.ones_like(input_ids) if mask is None else mask, contrastive["attention_mask"]])
-    both["attention_mask"] = None if bool(mask.all()) else mask
+    own, other = inputs.get("attention_mask"), contrastive["attention_mask"]
+    if own is not None or not bool(other.all()):  # stock `generate` drops a mask of ones, for speed
+        both["attention_mask"] = torch.cat([torch.ones_like(input_ids) if own is None else own, other])
     positions = contrastive.get("position_ids")
     if positions is None:
-        seen = contrastive["attention_mask"]
-        positions = (seen.long().cumsum(-1) - 1).masked_fill(seen == 0, 0)
+        positions = (other.long().cumsum(-1) - 1).masked_fill(other == 0, 0)
     both["position_ids"] = torch.cat([inputs["position_ids"], positions], dim=-2)
     for name in ("mm_token_type_ids", "token_type_ids"):
         if inputs.get(name) is not None:

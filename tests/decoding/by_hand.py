@@ -116,7 +116,7 @@ def scores_by_hand(stock, prompt, contrastive, config, steps, forced=None):
     return tokens, torch.stack(scores)
 
 
-def decoded_by_hand(host, stock, inputs, config, steps, *, kept=None, added=None, forced=None):
+def decoded_by_hand(host, stock, inputs, config, steps, *, kept=None, added=(), forced=None):
     """Tokens (B, steps) and scores (B, steps, V) of a batch, a prompt at a time.
 
     Args:

@@ -231,6 +231,8 @@ def test_beams_of_a_prompt_without_an_image_are_stocks():
     model, inputs = mv.apply(LLAVA.model(), CONFIG), LLAVA.inputs(("Is grass green?", []))
     expected = LLAVA.model().generate(**inputs, max_new_tokens=4, num_beams=2)
     assert model.generate(**inputs, max_new_tokens=4, num_beams=2).tolist() == expected.tolist()
+    with pytest.raises(ValueError, match="got beam search"):  # whose loop a stock model does not leave to us
+        LLAVA.model().generate(**inputs, max_new_tokens=4, num_beams=2, custom_generate=damro())
 
 
 def test_inputs_that_cannot_be_fitted_are_refused():
@@ -238,6 +240,36 @@ def test_inputs_that_cannot_be_fitted_are_refused():
     embeddings = torch.zeros(*inputs["input_ids"].shape, 48)
     with pytest.raises(ValueError, match="images need input_ids"):
         model.generate(inputs_embeds=embeddings, pixel_values=inputs["pixel_values"], max_new_tokens=2)
+
+
+@torch.no_grad()
+def test_a_video_beside_an_image_is_refused():
+    host = HOST["qwen2.5-vl"]
+    inputs = host.inputs(question())
+    video = {"pixel_values_videos": inputs["pixel_values"], "video_grid_thw": inputs["image_grid_thw"]}
+    for model in (host.model(), mv.apply(host.model())):
+        with pytest.raises(ValueError, match="images and videos in one call are not supported"):
+            model.generate(**inputs, **video, max_new_tokens=2, custom_generate=text_only())
+
+
+@torch.no_grad()
+def test_the_model_remembers_the_prompt_and_not_the_contrastive_one():
+    host = HOST["qwen2.5-vl"]
+    inputs, stock, model = host.inputs(*mixed_rows()), host.model(), mv.apply(host.model(), TextOnlyConfig())
+    for each in (stock, model):
+        each.generate(**inputs, max_new_tokens=1)
+    assert torch.equal(model.model.rope_deltas, stock.model.rope_deltas)
+
+
+@torch.no_grad()
+def test_a_compiled_step_is_contrasted(monkeypatch):
+    """What stock `generate` compiles on a GPU, without the compiler."""
+    model, inputs = mv.apply(LLAVA.model(), CONFIG), LLAVA.inputs(question())
+    expected, asked = model.generate(**inputs, **GREEDY), []
+    monkeypatch.setattr(type(model), "_valid_auto_compile_criteria", lambda *_: True)
+    monkeypatch.setattr(type(model), "get_compiled_call", lambda self, config: asked.append(config) or self.__call__)
+    assert torch.equal(model.generate(**inputs, **GREEDY), expected)
+    assert asked == [None]
 
 
 def test_a_model_decodes_in_one_way():
