@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from mllm_vision.host import Adapter, Encoded, Layout
+from mllm_vision.host import Adapter, Encoded, Layout, seeded_noise
 from mllm_vision.operations import TowerFacts
 
 if TYPE_CHECKING:
@@ -76,6 +76,10 @@ class LlavaAdapter(Adapter):
     ) -> list[Tensor]:
         (tiles,) = heard
         return list(tiles[:, -grids[0][0] * grids[0][1] :])
+
+    def noise(self, model: PreTrainedModel, images: dict[str, Any], seed: int) -> Tensor:
+        pixels = images["pixel_values"]
+        return seeded_noise(pixels.shape[1:], seed).expand(pixels.shape)
 
 
 def tile_grid(config: PreTrainedConfig) -> tuple[int, int]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mllm_vision.adapters.llava import LlavaAdapter, feature_layers, keeps_cls, patch_maps, resize_tiles, tile_grid
-from mllm_vision.host import Encoded, Layout, images_by_grid
+from mllm_vision.host import Encoded, Layout, images_by_grid, seeded_noise
 from mllm_vision.operations import TowerFacts
 
 if TYPE_CHECKING:
@@ -92,6 +92,16 @@ class LlavaNextAdapter(LlavaAdapter):
             patches = tiles[:, -grid[0] * grid[1] :].split([counts[i] for i in members])
             evidence |= zip(members, patches, strict=True)
         return [evidence[i].flatten() for i in range(len(grids))]
+
+    def noise(self, model: PreTrainedModel, images: dict[str, Any], seed: int) -> Tensor:
+        pixels, counts = images["pixel_values"], tile_counts(model.config, images)
+        drawn = [seeded_noise((tiles, *pixels.shape[-3:]), seed) for tiles in counts]
+        if pixels.dim() == 4:
+            return torch.cat(drawn)
+        noise = torch.zeros(pixels.shape)  # rows of fewer tiles than the largest are padded
+        for row, tiles in zip(noise, drawn, strict=True):
+            row[: len(tiles)] = tiles
+        return noise
 
 
 def tile_counts(config: PreTrainedConfig, images: dict[str, Any]) -> list[int]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from transformers.vision_utils import get_vision_window_index
 
-from mllm_vision.host import Adapter, Encoded, Layout
+from mllm_vision.host import Adapter, Encoded, Layout, seeded_noise
 from mllm_vision.operations import TowerFacts
 
 if TYPE_CHECKING:
@@ -98,6 +98,13 @@ class Qwen25VLAdapter(Adapter):
         in_windows = torch.cat(heard, dim=-1).view(-1, vision.spatial_merge_size**2).mean(1)  # by merged token
         in_order = in_windows[window_index.argsort().to(in_windows.device)]
         return list(in_order.split([h * w for h, w in grids]))
+
+    def noise(self, model: PreTrainedModel, images: dict[str, Any], seed: int) -> Tensor:
+        vision = model.config.vision_config
+        frames, area = vision.temporal_patch_size, vision.patch_size**2
+        counts = images["image_grid_thw"].prod(-1).tolist()
+        still = torch.cat([seeded_noise((n, vision.in_channels, 1, area), seed) for n in counts])
+        return still.expand(-1, -1, frames, -1).flatten(1)  # an image is the same in each of its frames
 
     def positions(self, model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor | None:
         ids = inputs["input_ids"]

@@ -30,7 +30,9 @@ auto.register()
 
 
 def __getattr__(name: str) -> Any:
-    """The public verbs, imported on first use so that `import mllm_vision` stays cheap."""
+    """The public verbs and the folders of methods, imported on first use so that `import mllm_vision` stays cheap."""
+    if name in ("decoding", "projectors", "reducers"):
+        return import_module(f"mllm_vision.{name}")
     if name not in __all__:
         raise AttributeError(f"module 'mllm_vision' has no attribute {name!r}")
     return getattr(import_module("mllm_vision.registry" if name == "methods" else "mllm_vision.api"), name)

@@ -6,7 +6,7 @@ of the tower, D of the language model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from mllm_vision.host import Encoded, Layout, adapter_for, images_by_grid
 from mllm_vision.slots import Slots, compute_device
 from mllm_vision.tap import listen
-from mllm_vision.tokens import VisualTokens
+from mllm_vision.tokens import Evidence, VisualTokens
 
 
 @dataclass(frozen=True)
@@ -46,30 +46,100 @@ class ImageTokens:
         return replace(self, slots=slots, placeholders=self.placeholders + more)
 
 
-def encode_images(model: PreTrainedModel, slots: Slots, images: dict[str, Any]) -> list[ImageTokens]:
-    """The tokens of every image of a batch. Images of one layout go through the operations together."""
+@dataclass(frozen=True)
+class SeenImages:
+    """The images of a batch after tower and projector, before the operations.
+
+    Args:
+        model: The host.
+        slots: What is plugged into it.
+        images: Its inputs that describe the images.
+        layouts: How each image stands in the prompt under the stock host.
+        places: The placeholder of each patch of the grid that an image was seen on, -1 where there is none.
+        encoded: What tower and projector made of each image.
+        added: The tokens added to each image, (T * count, D).
+        groups: Images of one layout: their numbers, and their tokens (B, N, D) with all evidence.
+    """
+
+    model: PreTrainedModel
+    slots: Slots
+    images: dict[str, Any]
+    layouts: Sequence[Layout]
+    places: Sequence[Tensor]
+    encoded: Sequence[Encoded]
+    added: Sequence[Tensor]
+    groups: Sequence[tuple[Sequence[int], VisualTokens]]
+
+    @property
+    def pixels(self) -> Tensor:
+        """The pixels, as the processor lays them out for this host."""
+        return self.images[adapter_for(self.model.config).image_inputs[0]]
+
+    def noise(self, seed: int) -> Tensor:
+        """Normal noise for the pixels, image by image from generators with that seed, so that a batch is its images."""
+        return adapter_for(self.model.config).noise(self.model, self.images, seed).to(self.pixels.device)
+
+    def reduced(self) -> list[ImageTokens]:
+        """What the prompt gets of each image: tokens added, those that the operations leave, and those on no patch."""
+        out: dict[int, ImageTokens] = {}
+        for members, tokens in self.groups:
+            for operation in self.slots.operations:
+                tokens = operation(tokens)
+            for row, i in enumerate(members):
+                image = tokens.image(row)
+                out[i] = _in_prompt(image, self.added[i], self.places[i], self.encoded[i], self.layouts[i])
+        return [out[i] for i in range(len(self.layouts))]
+
+    def only(self, operation: Callable[[VisualTokens], VisualTokens]) -> list[ImageTokens]:
+        """Of each image nothing but the tokens that ``operation`` leaves of all those on patches.
+
+        They stand in the order it gives them, or in raster order where the host keeps positions.
+        """
+        keeps_positions = adapter_for(self.model.config).keeps_positions
+        out: dict[int, ImageTokens] = {}
+        for members, tokens in self.groups:
+            left = operation(tokens)
+            for row, i in enumerate(members):
+                image = left.image(row)
+                slots, raster = self.places[i].to(image.patch_index.device)[image.patch_index[0]].sort()
+                features = image.features[0][raster] if keeps_positions else image.features[0]
+                out[i] = ImageTokens(features, slots, len(self.layouts[i].patch), image, added=0)
+        return [out[i] for i in range(len(self.layouts))]
+
+    def again(self, pixels: Tensor) -> list[ImageTokens]:
+        """What the prompt would get of the same images with other ``pixels``."""
+        name = adapter_for(self.model.config).image_inputs[0]
+        return encode_images(self.model, self.slots, {**self.images, name: pixels})
+
+
+def see_images(
+    model: PreTrainedModel, slots: Slots, images: dict[str, Any], requests: Sequence[Evidence] = ()
+) -> SeenImages:
+    """Every image of a batch through tower and projector, with the evidence of the operations and ``requests``."""
     adapter = adapter_for(model.config)
     layouts = adapter.layouts(model, images)
     grids = [slots.grid(layout.grid, layout.tiles) for layout in layouts]
-    with listen(adapter.tower(model), slots.requests) as recording:
+    asked = list(dict.fromkeys([*slots.requests, *requests]))
+    with listen(adapter.tower(model), asked) as recording:
         encoded = adapter.encode(model, images, layouts, grids)
     added = _added(slots, encoded, grids)
-    evidence = {request: adapter.by_patch(model, recording[request], images, grids) for request in slots.requests}
+    evidence = {request: adapter.by_patch(model, recording[request], images, grids) for request in asked}
 
     places = [layout.place_on(grid) for layout, grid in zip(layouts, grids, strict=True)]
-    groups: dict[tuple[Any, ...], list[int]] = {}
+    members: dict[tuple[Any, ...], list[int]] = {}
     for i, (grid, place) in enumerate(zip(grids, places, strict=True)):
-        groups.setdefault((grid, tuple(place.tolist())), []).append(i)
-    out: dict[int, ImageTokens] = {}
-    for members in groups.values():
-        first = members[0]
-        tokens = _on_patches([encoded[i].on_patches for i in members], places[first], grids[first])
-        tokens.evidence.update({request: torch.stack([maps[i] for i in members]) for request, maps in evidence.items()})
-        for operation in slots.operations:
-            tokens = operation(tokens)
-        for row, i in enumerate(members):
-            out[i] = _in_prompt(tokens.image(row), added[i], places[i], encoded[i], layouts[i])
-    return [out[i] for i in range(len(layouts))]
+        members.setdefault((grid, tuple(place.tolist())), []).append(i)
+    groups = []
+    for group in members.values():
+        tokens = _on_patches([encoded[i].on_patches for i in group], places[group[0]], grids[group[0]])
+        tokens.evidence.update({request: torch.stack([maps[i] for i in group]) for request, maps in evidence.items()})
+        groups.append((group, tokens))
+    return SeenImages(model, slots, images, layouts, places, encoded, added, groups)
+
+
+def encode_images(model: PreTrainedModel, slots: Slots, images: dict[str, Any]) -> list[ImageTokens]:
+    """The tokens of every image of a batch. Images of one layout go through the operations together."""
+    return see_images(model, slots, images).reduced()
 
 
 def image_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:

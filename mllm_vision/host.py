@@ -141,6 +141,10 @@ class Adapter(ABC):
     ) -> list[Tensor]:
         """One piece of evidence, brought from what the tap ``heard`` in the tower's order into (P_i,) by patch."""
 
+    @abstractmethod
+    def noise(self, model: PreTrainedModel, images: dict[str, Any], seed: int) -> Tensor:
+        """Normal noise of the shape of the pixels: `seeded_noise` of each image, so that a batch is its images."""
+
     def positions(self, model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor | None:
         """(axes, B, L) positions of the caller's prompt where the host `keeps_positions`, else None."""
         return None
@@ -187,6 +191,11 @@ def images_by_grid(grids: Sequence[tuple[int, int]]) -> dict[tuple[int, int], li
     for i, grid in enumerate(grids):
         members.setdefault(grid, []).append(i)
     return members
+
+
+def seeded_noise(shape: Sequence[int], seed: int) -> Tensor:
+    """Normal noise that depends on nothing but its shape and the seed: on no device, and on no other image."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def _from_transformers(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""What a method is to the host: an operation on visual tokens or on the image, or tokens added to those of the patches.
+"""What a method is to the host: an operation on visual tokens or on the image, tokens added to those, or a contrast.
 
 Shapes: B images, N visual tokens, T tiles of S added tokens, C channels of the tower, D of the language model.
 """
@@ -8,11 +8,15 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from mllm_vision.registry import MethodConfig
 from mllm_vision.tokens import Evidence, VisualTokens
+
+if TYPE_CHECKING:
+    from mllm_vision.encoding import ImageTokens, SeenImages
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,23 @@ class AddedTokens(nn.Module, ABC):
         """Row-major patches of T tiles, (T, H * W, C), to (T, S, D)."""
 
 
+class Contrast(nn.Module, ABC):
+    """What the contrastive prompt of a decoding strategy shows in place of the images; `contrast` does the rest.
+
+    `requests` is the evidence that the tap computes for it.
+    """
+
+    requests: tuple[Evidence, ...] = ()
+
+    def __init__(self, config: ContrastConfig):
+        super().__init__()
+        self.config = config
+
+    @abstractmethod
+    def forward(self, seen: SeenImages) -> list[ImageTokens]:
+        """What stands in the contrastive prompt for each of the images that the tower saw."""
+
+
 @dataclass(kw_only=True)
 class PluggedConfig(MethodConfig, ABC):
     """A method that is built for a tower and plugged into its host."""
@@ -101,8 +122,32 @@ class PluggedConfig(MethodConfig, ABC):
         return
 
     @abstractmethod
-    def build(self, tower: TowerFacts) -> TokenOperation | ImageOperation | AddedTokens:
+    def build(self, tower: TowerFacts) -> TokenOperation | ImageOperation | AddedTokens | Contrast:
         """What does the work, for a tower that `check` accepted."""
+
+
+@dataclass(kw_only=True)
+class ContrastConfig(PluggedConfig, kind="decoding"):
+    """A decoding strategy: at every step (1 + alpha) * l - alpha * l_c, where l_c are logits of a contrastive prompt.
+
+    Args:
+        alpha: Weight of the contrast, 0 or more.
+        beta: Tokens with less than this share of the probability of the likeliest are out, in [0, 1).
+    """
+
+    alpha: float = 1.0
+    beta: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.alpha < math.inf:
+            raise ValueError(f"alpha must be a finite number of 0 or more, got {self.alpha}")
+        if not 0 <= self.beta < 1:
+            raise ValueError(f"beta must be in [0, 1), got {self.beta}")
+
+    @abstractmethod
+    def build(self, tower: TowerFacts) -> Contrast:
+        """The contrast, for a tower that `check` accepted."""
 
 
 @dataclass(kw_only=True)

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mllm_vision.host import adapter_for
-from mllm_vision.operations import AddedTokens, ImageOperation, PluggedConfig, TokenOperation, TowerFacts
+from mllm_vision.operations import AddedTokens, Contrast, ImageOperation, PluggedConfig, TokenOperation, TowerFacts
 from mllm_vision.registry import MethodConfig
 from mllm_vision.tokens import Evidence
 
@@ -25,10 +25,11 @@ _PLACES: dict[str, type[nn.Module]] = {
     "projector": AddedTokens,
     "resize": ImageOperation,
     "operations": TokenOperation,
+    "decoding": Contrast,
 }
 """The attribute of `Slots` that holds modules of each type."""
 
-_SINGLE = {"projector": "add tokens", "resize": "resize the image"}
+_SINGLE = {"projector": "add tokens", "resize": "resize the image", "decoding": "say how to decode"}
 
 
 class Slots(nn.Module):
@@ -43,6 +44,7 @@ class Slots(nn.Module):
         projector: What adds tokens, if anything does.
         resize: What makes the image smaller, if anything does.
         operations: What the tokens go through.
+        decoding: What the answer is contrasted with, if it is.
 
     Raises:
         TypeError: something that is no method config.
@@ -56,6 +58,7 @@ class Slots(nn.Module):
         self.projector: AddedTokens | None = None
         self.resize: ImageOperation | None = None
         self.operations = nn.ModuleList()
+        self.decoding: Contrast | None = None
         facts = adapter_for(config).facts(config)
         for method in methods:
             known = None if keep is None else keep.place_of(method)
@@ -98,6 +101,11 @@ class Slots(nn.Module):
         for method in [] if keep is None else keep.methods:
             if method.needs_weights and self.place_of(method) is None:
                 log.warning("%s goes, and its weights with it: %s", method.type, method)
+
+    @property
+    def changes_prompt(self) -> bool:
+        """Whether the prompt gets other tokens of an image than under the stock host."""
+        return any(place != "decoding" for place in self.places)
 
     @property
     def added(self) -> int:

@@ -8,26 +8,27 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from transformers import BitsAndBytesConfig, GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import StaticLayer
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.generation.streamers import BaseStreamer
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.quantizers import AutoQuantizationConfig
 
 from mllm_vision.auto import slotted_config
-from mllm_vision.encoding import ImageTokens, encode_images, image_inputs
+from mllm_vision.contrast import OneCall, require_sampling_loop, say_decoded_plainly, with_contrast
+from mllm_vision.encoding import encode_images
+from mllm_vision.fitting import fit_prompt, fittable_images
 from mllm_vision.host import Adapter, adapter_for, adapters
-from mllm_vision.placeholders import PAD_VALUES, fit_columns
 from mllm_vision.slots import Slots, restored
+
+CONTRAST = "contrast"
+"""Where `generate` puts the contrastive prompt: among the encoded images, which the stock code hands on to the loop."""
 
 
 @dataclass
@@ -85,20 +86,38 @@ class SlottedModel(PreTrainedModel, GenerationMixin):
         generation_config: GenerationConfig | None = None,
         *,
         streamer: BaseStreamer | None = None,
+        custom_generate: str | Callable[..., Any] | None = None,
         **kwargs: Any,
     ) -> Any:
         """As the stock `generate`: returns the caller's own prompt and the new tokens, whatever was pruned.
 
         Logits processors and stopping criteria see the fitted prompt, shorter or longer. A `max_length` or `min_length`
-        allows as many new tokens as it would without methods.
+        allows as many new tokens as it would without methods. A decoding strategy that is plugged in is used unless
+        there is a `custom_generate`.
         """
-        stock = super().generate
+        contrast = self.vision_slots.decoding if custom_generate is None else None
+        if isinstance(custom_generate, OneCall):  # which would get neither streamer nor tokenizer from stock `generate`
+            contrast, custom_generate = custom_generate.contrast(self), None
+        stock = functools.partial(super().generate, custom_generate=custom_generate)
         prompt = kwargs.pop("input_ids", None) if inputs is None else inputs
+        if contrast is not None and not self._has_images(kwargs):
+            say_decoded_plainly(contrast.config)
+            contrast = None
         cache = kwargs.get("past_key_values")
         prefix = getattr(cache, "visual_prefix", None) if cache is not None and cache.get_seq_length() else None
-        if prompt is None or (prefix is None and not self._reduces(kwargs)):
+        if contrast is None and (prompt is None or (prefix is None and not self._reduces(kwargs))):
             return stock(prompt, generation_config, streamer=streamer, **kwargs)
-        fitted = self._fitted_turn({"input_ids": prompt, **kwargs}, prefix)
+        if contrast is None:
+            fitted = self._fitted_turn({"input_ids": prompt, **kwargs}, prefix)
+        else:
+            require_sampling_loop(
+                contrast.config,
+                self._prepare_generation_config(generation_config, **kwargs)[0],
+                assistant_model=kwargs.get("assistant_model"),
+                past_key_values=cache,
+            )
+            fitted, contrastive = with_contrast(self, self.vision_slots, contrast, {"input_ids": prompt, **kwargs})
+            fitted["mm_encoder_outputs"][CONTRAST] = contrastive
         grown = fitted["input_ids"].shape[1] - prompt.shape[1]
         if cache is not None and grown > 0:
             _require_room(cache, fitted["input_ids"].shape[1], grown)
@@ -120,61 +139,26 @@ class SlottedModel(PreTrainedModel, GenerationMixin):
         out.sequences = sequences
         return out
 
+    def _sample(self, input_ids: Tensor, **kwargs: Any) -> Any:
+        """The stock sampling loop; over both prompts where `generate` put a contrastive one beside the images."""
+        contrastive = (kwargs.get("mm_encoder_outputs") or {}).pop(CONTRAST, None)
+        if contrastive is None:
+            return super()._sample(input_ids, **kwargs)
+        return contrastive.sample(self, input_ids, **kwargs)
+
+    def _has_images(self, inputs: dict[str, Any]) -> bool:
+        return inputs.get(adapter_for(self.config).image_inputs[0]) is not None
+
     def _reduces(self, inputs: dict[str, Any]) -> bool:
         """Whether there are images in ``inputs`` and methods that change what the prompt gets of them."""
-        pixels = adapter_for(self.config).image_inputs[0]
-        return inputs.get(pixels) is not None and bool(self.vision_slots.methods)
+        return self.vision_slots.changes_prompt and self._has_images(inputs)
 
     def _fitted(self, inputs: dict[str, Any], *, generating: bool) -> dict[str, Any]:
         """``inputs`` with the images encoded and reduced, and the prompt fitted to them."""
         if not self._reduces(inputs):
             return inputs
-        adapter = adapter_for(self.config)
-        images = image_inputs(self, inputs)
-        if inputs.get("pixel_values_videos") is not None:
-            raise ValueError("images and videos in one call are not supported with methods plugged in; split the call")
-        ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
-        if ids is None:
-            raise ValueError("images need input_ids, whose placeholders say where they stand; got inputs_embeds only")
-        encoded = encode_images(self, self.vision_slots, images)
-        if self._has_room(ids, encoded):
-            encoded = [image.with_placeholders(self.vision_slots.added) for image in encoded]
-        of_pairs = mask if mask is not None and mask.dim() != 2 else None
-        fit = fit_columns(
-            ids,
-            mask if of_pairs is None else None,
-            self.config.image_token_id,
-            [i.placeholders for i in encoded],
-            [i.slots for i in encoded],
-            self.vision_slots.added,
-        )
-        stays = fit.keeps(ids.shape[1])
-        if of_pairs is not None and not stays:
-            raise ValueError(
-                "attention_mask must be (batch, length) where images have more or fewer tokens than placeholders, got "
-                f"{tuple(of_pairs.shape)}"
-            )
-        fitted = {name: value for name, value in inputs.items() if name not in adapter.image_inputs}
-        if inputs.get("position_ids") is None:
-            fitted["position_ids"] = adapter.positions(self, inputs)
-        if mask is None and bool(fit.padded.any()):
-            fitted["attention_mask"] = torch.ones_like(ids)
-        for name, pad_value in {"input_ids": self._pad_id(), **PAD_VALUES}.items():
-            if fitted.get(name) is not None and not stays:
-                fitted[name] = fit.apply(fitted[name], pad_value)
-        features = [image.features for image in encoded]
-        fitted["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=features)}
-        adapter.after_fit(self, fitted, generating=generating)
-        return fitted
-
-    def _has_room(self, ids: Tensor, images: Sequence[ImageTokens]) -> bool:
-        """Whether a processor wrote placeholders for the added tokens (with `num_additional_image_tokens` raised)."""
-        if not self.vision_slots.added:
-            return False
-        marked = pad(ids == self.config.image_token_id, (0, 1)).flatten()
-        ends = marked.cumsum(0)[:-1][marked[:-1] & ~marked[1:]].tolist()  # of the runs of placeholders, counted through
-        room = list(accumulate(image.placeholders + self.vision_slots.added for image in images))
-        return ends[-1:] == room[-1:] and set(ends) <= set(room)
+        encoded = encode_images(self, self.vision_slots, fittable_images(self, inputs))
+        return fit_prompt(self, self.vision_slots, inputs, encoded, generating=generating)
 
     def _fitted_turn(self, inputs: dict[str, Any], prefix: PromptPrefix | None) -> dict[str, Any]:
         """As `_fitted`, for a conversation of which a cache may hold an earlier, fitted part."""
@@ -206,10 +190,6 @@ class SlottedModel(PreTrainedModel, GenerationMixin):
 
         pairs = (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens"))
         return {name: limit + by for name, new in pairs if asked(new) is None and (limit := asked(name))}
-
-    def _pad_id(self) -> int:
-        ids = (self.generation_config.pad_token_id, self.config.get_text_config().pad_token_id)
-        return next((i for i in ids if i is not None), 0)
 
 
 def _prefix(fitted: dict[str, Tensor], prompt: Tensor, earlier: PromptPrefix | None, copies: int) -> PromptPrefix:

@@ -122,11 +122,10 @@ def _tapped_attention(
     if recording is not None and module in recording.layers:
         for request in recording.requests:
             if request.layer == recording.layers[module]:
-                reduce = attention_from_first if isinstance(request, AttentionFromCLS) else attention_received
                 bounds = kwargs.get("cu_seq_lens_q")  # flash attention packs several sequences into one
                 with torch.no_grad():
                     heard = [
-                        reduce(q, k, kwargs["scaling"], attention_mask)
+                        _reduced(request, q, k, kwargs["scaling"], attention_mask)
                         for q, k in zip(_segments(query, bounds), _segments(key, bounds), strict=True)
                     ]
                 recording.heard.setdefault(request, []).extend(heard)
@@ -154,6 +153,12 @@ def _segments(states: Tensor, bounds: Tensor | None) -> Sequence[Tensor]:
     return [states] if bounds is None else states.split(bounds.diff().tolist(), dim=2)
 
 
+def _reduced(request: Evidence, query: Tensor, key: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
+    if isinstance(request, AttentionFromCLS):
+        return attention_from_first(query, key, scaling, mask, heads=request.heads)
+    return attention_received(query, key, scaling, mask)
+
+
 def attention_received(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
     """Attention every position receives, mean over heads and summed over queries: (B, N), 1.0 on average.
 
@@ -174,10 +179,18 @@ def attention_received(query: Tensor, key: Tensor, scaling: float, mask: Tensor 
     return received
 
 
-def attention_from_first(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
-    """Attention from the first position (CLS) to every position, mean over heads: (B, N), from (B, h, N, d)."""
-    first_mask = None if mask is None else mask[..., :1, :]
-    return _attention(query[:, :, :1], key, scaling, first_mask).squeeze(2).mean(1)
+def attention_from_first(
+    query: Tensor, key: Tensor, scaling: float, mask: Tensor | None = None, *, heads: bool = True
+) -> Tensor:
+    """Attention from the first position (CLS) to every position, mean over heads: (B, N), from (B, h, N, d).
+
+    Without ``heads`` it is one softmax over the width h * d, scaled by 1 / sqrt(h * d).
+    """
+    first, first_mask = query[:, :, :1], None if mask is None else mask[..., :1, :]
+    if not heads:
+        first, key = (states.transpose(1, 2).flatten(2)[:, None] for states in (first, key))
+        scaling = key.shape[-1] ** -0.5
+    return _attention(first, key, scaling, first_mask).squeeze(2).mean(1)
 
 
 def _attention(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None) -> Tensor:

@@ -30,9 +30,11 @@ class AttentionFromCLS:
 
     Args:
         layer: Index of the attention map, 0 for the tower's first layer.
+        heads: False is one softmax over the full width of queries and keys, as if the layer had a single head.
     """
 
     layer: int
+    heads: bool = True
 
 
 Evidence = AttentionReceived | AttentionFromCLS

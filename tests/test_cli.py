@@ -189,6 +189,13 @@ def test_methods_lists_every_method_with_its_fields():
     assert all(row["name"] in printed for row in rows)
 
 
+def test_eval_decodes_as_it_was_asked_to(tmp_path):
+    task = ("--tasks", "scenes:questions=3:families=colour", "--out", tmp_path)
+    result = run("eval", "tiny-llava-scenes", *task, "--decode", "damro:alpha=0.5:topk=5", "--reduce", "pool:keep=1/2")
+    assert result.exit_code == 0, result.output
+    assert "pool:keep=0.5 + damro:alpha=0.5:topk=5, float32, greedy" in result.stdout
+
+
 def test_eval_scores_a_model_and_compares_two_runs(tmp_path):
     task = ("--tasks", "scenes:questions=3:families=existence/colour")
     for folder, reduce in (("all", ()), ("few", ("--reduce", "hiprune", "--keep", "1/9"))):
