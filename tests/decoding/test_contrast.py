@@ -43,6 +43,8 @@ def test_contrasted_by_eye():
     assert contrasted(full, other, 0.5, 0.3).tolist() == [[1.5, 1.5, -torch.inf, -torch.inf]]
     assert contrasted(full, other, 1.0, 0.0).tolist() == [[1.0, 2.0, 0.0, -6.0]]
     assert torch.equal(contrasted(full, other, 0, 0), full)
+    half = torch.tensor([[0.0, -0.5, -1.0]]).log1p()  # probabilities of 1 to a half to nothing: the half stays
+    assert torch.equal(contrasted(half, torch.zeros(1, 3), 0, 0.5), half)
 
 
 @pytest.mark.parametrize("name", ["llava-clip", "qwen2.5-vl"])
