@@ -118,3 +118,9 @@ def family_rows():
 def test_tables_are_those_of_the_result_files(rows):
     expected = "\n".join(rows())
     assert expected in README.read_text(encoding="utf-8"), f"the README should say\n{expected}"
+
+
+def test_long_answers_are_those_of_the_result_file():
+    ratios = read(RESULTS / "bench_spatial_tokens_long.json")["rows"][1]["ratios"]
+    encode, token = (f"{ratios[step]['median']:.3f} times" for step in ("encode", "decode"))
+    assert f"took {encode} for encoding and {token} for each further token" in README.read_text(encoding="utf-8")
