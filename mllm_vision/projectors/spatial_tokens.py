@@ -226,18 +226,18 @@ def from_authors(weights: Mapping[str, Tensor], side: int | None = None) -> Auth
     if not kernels:
         raise ValueError(f"expected keys such as conv_4.weight, without a prefix, got {', '.join(weights) or 'none'}")
     patch_branch = {name: weight for name, weight in weights.items() if name.startswith("mm_projector.")}
-    theirs, side = weights.keys() - patch_branch, side or max(kernels)
+    given, side = weights.keys() - patch_branch, side or max(kernels)
     if max(kernels) > side:
         raise ValueError(
             f"kernels for {max(kernels)} x {max(kernels)} patches do not fit a tower that sees {side} x {side}"
         )
     variant, scales = min(
         ((variant, scales) for variant in VARIANTS for scales in range(1, side + 1)),
-        key=lambda found: len(authors_names(found[0], side, found[1]).keys() ^ theirs),
+        key=lambda found: len(authors_names(found[0], side, found[1]).keys() ^ given),
     )
     names = authors_names(variant, side, scales)
-    if theirs != names.keys():
-        missing, surplus = names.keys() - theirs, theirs - names.keys()
+    if given != names.keys():
+        missing, surplus = names.keys() - given, given - names.keys()
         raise ValueError(
             f"not the weights of {scales} {variant} scales on a {side} x {side} grid: missing are "
             f"{', '.join(sorted(missing)) or 'none'}, surplus are {', '.join(sorted(surplus)) or 'none'}"
