@@ -12,7 +12,7 @@ from mllm_vision.eval.tasks.scenes import Scenes
 from mllm_vision.registry import package_modules
 
 NAMES = ["ai2d", "chair", "chartqa", "docvqa", "gqa", "mmbench", "mme"]
-NAMES += ["pope", "scenes", "scienceqa", "seed", "textvqa", "vizwiz", "vqav2"]
+NAMES += ["pope", "scene_captions", "scenes", "scienceqa", "seed", "textvqa", "vizwiz", "vqav2"]
 
 
 def test_every_file_of_the_folder_is_listed():
