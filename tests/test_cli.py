@@ -123,7 +123,7 @@ def test_ask_draws_the_kept_tokens_and_overwrites_only_when_asked(folder, image,
         (
             ("--reduce", "prune", "--keep", 4),
             "Why?",
-            "unknown method 'prune'; the methods are cls_topk, downsample, hip",
+            "unknown method 'prune'; the methods are cls_topk, damro, downsample, hip",
         ),
         (
             ("--reduce", "hiprune", "--keep", 4, "--set", "beta=1"),

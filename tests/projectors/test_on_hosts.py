@@ -107,7 +107,9 @@ def test_forward_is_stock_on_the_added_and_the_kept_tokens(host, model, added, s
         logits = model(**inputs).logits
         for got, (_, embeddings, positions) in zip(logits, rows, strict=True):
             n = embeddings.shape[1]
-            assert_close(got[-n:] if side == "left" else got[:n], logits_by_hand(stock, embeddings, positions)[0])
+            # The tiles go through the kernels together, and one by one by hand: rounding of sums of thousands.
+            expected = logits_by_hand(stock, embeddings, positions)[0]
+            assert_close(got[-n:] if side == "left" else got[:n], expected, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
