@@ -1,6 +1,6 @@
 """What pruning costs beside what it saves: encoding time, encoding memory and prefill time, over the stock model's.
 
-    python -m mllm_vision.eval.overhead --out overhead.json
+    mllm-vision overhead --out overhead.json
 
 Stock and pruned runs take turns in one process, and a ratio is formed of neighbours, so that a busy machine disturbs
 both. Weights are random on purpose: what the tokens hold changes neither time nor memory, and nothing is downloaded.
@@ -15,13 +15,12 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -98,7 +97,7 @@ def encoding_time(
     for batch in batches:
         pixels = random_images(tower, batch)
         pairs = paired(partial(encode, stock, pixels), partial(encode, pruned, pixels), repeats)
-        rows.append(_row("encoding time", f"batch {batch}, keep {keep}", "s", pairs))
+        rows.append(ratio_row("encoding time", f"batch {batch}, keep {keep}", "s", pairs))
     return rows
 
 
@@ -113,8 +112,8 @@ def encoding_memory(
     case = f"batch {batch}, keep {keep}"
     whole, above = [tuple(peak for _, peak in peaks)], [tuple(peak - loaded for loaded, peak in peaks)]
     return [
-        _row("encoding peak memory", case, "MB", whole),
-        _row("encoding peak memory above the loaded model", case, "MB", above),
+        ratio_row("encoding peak memory", case, "MB", whole),
+        ratio_row("encoding peak memory above the loaded model", case, "MB", above),
     ]
 
 
@@ -138,7 +137,9 @@ def prefill_time(
                 ours,
                 repeats,
             )
-            rows.append(_row("prefill time" if features is kept else "prefill time over all tokens", case, "s", pairs))
+            rows.append(
+                ratio_row("prefill time" if features is kept else "prefill time over all tokens", case, "s", pairs)
+            )
     return rows
 
 
@@ -191,7 +192,10 @@ def _encoding_peak(
         return peak_memory(lambda: [encode(model, pixels) for _ in range(2)])
 
 
-def _row(name: str, case: str, unit: str, pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
+def ratio_row(
+    name: str, case: str, unit: str, pairs: Sequence[tuple[float, float]], target: float | None = None
+) -> dict[str, Any]:
+    """A row of `report`, of pairs (stock, ours)."""
     stock, ours = zip(*pairs, strict=True)
     ratios = [b / a for a, b in pairs]
     return {
@@ -206,7 +210,7 @@ def _row(name: str, case: str, unit: str, pairs: Sequence[tuple[float, float]]) 
             "max": max(ratios),
             "pairs": len(pairs),
         },
-        "target": TARGETS.get(name),
+        "target": TARGETS.get(name, target),
     }
 
 
@@ -215,7 +219,7 @@ def report(result: dict[str, Any], console: Console) -> None:
     where = result["environment"]
     versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
     table = Table(
-        title="pruned over stock, random weights, float32",
+        title="ours over the other, random weights, float32",
         caption=f"{where['hardware']['cpu']}, {where['hardware']['threads']} threads; {versions}",
     )
     for heading in ("", "case", "stock", "ours", "ratio", "min to max", "target"):
@@ -234,22 +238,24 @@ def report(result: dict[str, Any], console: Console) -> None:
     console.print(table)
 
 
-def main(
-    repeats: Annotated[int, typer.Option(min=1, help="Pairs of runs a ratio is the median of.")] = 7,
-    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE if it exists.")] = False,
-) -> None:
-    """Print what pruning costs at LLaVA-1.5's proportions, as ratios to the stock model."""
+def run(measured: Callable[..., dict[str, Any]], repeats: int, out: Path | None, overwrite: bool) -> None:
+    """Measure, show the rows as a table and, where asked, write them.
+
+    Args:
+        measured: `measure`, or what gives rows like it.
+        repeats: Pairs of runs a ratio is the median of.
+        out: JSON file to write.
+        overwrite: Replace it if it exists.
+
+    Raises:
+        FileExistsError: it exists.
+    """
     if out is not None and out.exists() and not overwrite:
-        raise typer.BadParameter(f"{out} exists; add --overwrite to replace it")
+        raise FileExistsError(f"{out} exists; add --overwrite to replace it")
     console = Console()
     with console.status("measuring, some minutes ..."):
-        result = measure(repeats=repeats)
+        result = measured(repeats=repeats)
     report(result, console)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -104,10 +104,12 @@ def bench(
 
 def overhead(
     repeats: Annotated[int, typer.Option(min=1, help="Pairs of runs a ratio is the median of.")] = 7,
+    contrast: Annotated[bool, typer.Option("--contrast", help="Instead of pruning, contrastive decoding.")] = False,
     out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Measure what pruning costs at LLaVA-1.5's proportions, as ratios to the stock model."""
+    """Measure what pruning, or contrastive decoding, costs beside what it does, as ratios to the stock model."""
+    from mllm_vision.eval import contrast_cost
     from mllm_vision.eval import overhead as costs
 
-    costs.main(repeats, out, overwrite)
+    costs.run(contrast_cost.measure if contrast else costs.measure, repeats, out, overwrite)

@@ -139,5 +139,5 @@ def test_command_does_not_overwrite_unasked(tmp_path):
     taken = tmp_path / "result.json"
     taken.write_text("mine")
     with pytest.raises(Exception, match="--overwrite"):
-        overhead.main(repeats=1, out=taken)
+        overhead.run(overhead.measure, 1, taken, False)
     assert taken.read_text() == "mine"
