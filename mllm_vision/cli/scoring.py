@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -142,34 +143,20 @@ def sweep(
     """Ask a benchmark with every reducer at every budget: what is lost, and what is saved."""
     from rich.console import Console
 
-    import mllm_vision as mv
     from mllm_vision.eval import sweep as sweeping
-    from mllm_vision.eval.journal import check_folder
     from mllm_vision.eval.task import parse_tasks
     from mllm_vision.settings import parse_value
 
     (asked,) = parse_tasks([task])
-    check_device(device)
-    check_folder(out)
-    host, processor = mv.load(model, dtype=dtype.value, device_map=device)
-    points = sweeping.plan(host, [m for m in methods.split(",") if m], [parse_value(k) for k in keep.split(",")], seeds)
-    console = Console()
-    with console.status("starting") as status:
-        record = sweeping.sweep(
-            host,
-            processor,
-            asked,
-            points,
-            out,
-            name=model,
-            repeats=repeats,
-            overwrite=overwrite,
-            say=status.update,
-            data=data,
-            limit=limit,
-            batch_size=batch_size,
-        )
-    console.print(sweeping.report(record))
+    names, keeps = [m for m in methods.split(",") if m], [parse_value(k) for k in keep.split(",")]
+
+    def work(host: Any, processor: Any, **shared: Any) -> dict[str, Any]:
+        points = sweeping.plan(host, names, keeps, seeds)
+        return sweeping.sweep(host, processor, asked, points, out, repeats=repeats, **shared)
+
+    shared = {"overwrite": overwrite, "data": data, "limit": limit, "batch_size": batch_size}
+    record = _with_model(work, model, device, dtype, out, shared)
+    Console().print(sweeping.report(record))
     if find_spec("matplotlib") is None:
         typer.echo(f'Results: {out}; no picture without matplotlib: pip install "mllm-vision[viz]"')
     else:
@@ -203,9 +190,7 @@ def tune(
     """Choose settings of methods on one split of a task and score the best of each kind on another."""
     from rich.console import Console
 
-    import mllm_vision as mv
     from mllm_vision.eval import tune as tuning
-    from mllm_vision.eval.journal import check_folder
     from mllm_vision.eval.task import parse_tasks
     from mllm_vision.registry import parse_methods
 
@@ -213,30 +198,19 @@ def tune(
     parts = None if score is None else score.split("/")
     if parts is not None and len(parts) != 2:
         raise typer.BadParameter(f"--score takes a group and a score, as existence_adversarial/f1, got {score!r}")
+    ways: dict[str, Any] = {
+        "score": None if parts is None else (parts[0], parts[1]),
+        "temperatures": [float(part) for part in temperature.split(",")],
+        "seeds": seeds,
+    }
     (chosen_on,), (tested_on,) = parse_tasks([choosing]), parse_tasks([testing])
-    check_device(device)
-    check_folder(out)
-    host, processor = mv.load(model, dtype=dtype.value, device_map=device)
-    console = Console()
-    with console.status("starting") as status:
-        record = tuning.tune(
-            host,
-            processor,
-            trials,
-            chosen_on,
-            tested_on,
-            out,
-            score=None if parts is None else (parts[0], parts[1]),
-            temperatures=[float(part) for part in temperature.split(",")],
-            seeds=seeds,
-            name=model,
-            overwrite=overwrite,
-            say=status.update,
-            data=data,
-            limit=limit,
-            batch_size=batch_size,
-        )
-    console.print(tuning.report(record))
+
+    def work(host: Any, processor: Any, **shared: Any) -> dict[str, Any]:
+        return tuning.tune(host, processor, trials, chosen_on, tested_on, out, **ways, **shared)
+
+    shared = {"overwrite": overwrite, "data": data, "limit": limit, "batch_size": batch_size}
+    record = _with_model(work, model, device, dtype, out, shared)
+    Console().print(tuning.report(record))
 
 
 def tasks(name: Annotated[str | None, typer.Argument(help="Of one task, to read all about it.")] = None) -> None:
@@ -265,3 +239,19 @@ def tasks(name: Annotated[str | None, typer.Argument(help="Of one task, to read 
         options = "\n".join(f"{name} = {default}" for name, default in task.defaults().items())
         table.add_row(task.name, task.paper, data, options, end_section=True)
     Console().print(table)
+
+
+def _with_model(
+    work: Callable[..., dict[str, Any]], model: str, device: str, dtype: Dtype, out: Path, shared: dict[str, Any]
+) -> dict[str, Any]:
+    """What ``work`` on a model finds, which is loaded once folder and device are known to be right."""
+    from rich.console import Console
+
+    import mllm_vision as mv
+    from mllm_vision.eval.journal import check_folder
+
+    check_device(device)
+    check_folder(out)
+    host, processor = mv.load(model, dtype=dtype.value, device_map=device)
+    with Console().status("starting") as status:
+        return work(host, processor, name=model, say=status.update, **shared)

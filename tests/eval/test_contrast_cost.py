@@ -8,29 +8,19 @@ import torch
 import mllm_vision as mv
 from mllm_vision.decoding import DamroConfig
 from mllm_vision.eval import contrast_cost, overhead, shapes
-
-TOWER = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "image_size": 42, "patch_size": 14}
-LANGUAGE = dict(
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=16,
-    vocab_size=64,
-)
+from tests.eval.toy_shapes import LANGUAGE, TOWER
 
 
 @pytest.fixture(scope="module")
 def stock():
-    return overhead.build_model(TOWER | {"num_hidden_layers": 2}, LANGUAGE, 0)
+    return overhead.build_model(TOWER, LANGUAGE, 0)
 
 
 @torch.inference_mode()
 def test_two_passes_choose_what_one_pass_chooses(stock):
     ours = mv.apply(shapes.sharing_weights(stock), DamroConfig(layer=-1, topk=3))
-    ids = shapes.prompt(stock.config, 9)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(1, 3, 42, 42)}
+    ids = shapes.prompt(stock.config, 16)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(1, 3, 56, 56)}
     out = contrast_cost.answer(ours, inputs, 6)
     assert out.shape[1] == ids.shape[1] + 6
     assert contrast_cost.two_passes(ours, inputs, 6) == out[0, ids.shape[1] :].tolist()
@@ -47,7 +37,7 @@ def test_a_token_takes_the_difference_of_two_answers(monkeypatch):
 
 
 def test_rows_are_beside_what_they_are_compared_with(tmp_path):
-    toy = {"tower": TOWER, "language": LANGUAGE, "new_tokens": 4, "threads": 1}
+    toy = {"tower": TOWER | {"patch_size": 14}, "language": LANGUAGE, "new_tokens": 4, "threads": 1}
     overhead.run(lambda repeats: contrast_cost.measure(repeats=repeats, **toy), 2, tmp_path / "cost.json", False)
     rows = json.loads((tmp_path / "cost.json").read_text())["rows"]
     assert [(row["case"], row["target"], row["ratio"]["pairs"]) for row in rows] == [

@@ -7,7 +7,6 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-import mllm_vision as mv
 from mllm_vision.eval import sweep as sweeping
 from mllm_vision.eval.scores import Tallies
 from mllm_vision.eval.tasks.scenes import Scenes
@@ -16,11 +15,6 @@ from tests.hosts import HOSTS
 
 HOST = {host.name: host for host in HOSTS}
 TASK = Scenes(questions=5, families="colour/count")
-
-
-@pytest.fixture(scope="module")
-def loaded():
-    return mv.load("tiny-llava-scenes")
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import json
 import pytest
 from rich.console import Console
 
-import mllm_vision as mv
 from mllm_vision.eval.tasks.scene_captions import SceneCaptions
 from mllm_vision.eval.tasks.scenes import Scenes
 from mllm_vision.eval.tune import report, tune
@@ -16,11 +15,6 @@ CHOOSING = Scenes(questions=8, families="count/colour", split="validation")
 TESTING = Scenes(questions=6, families="count/colour")
 TRIALS = [[HiPruneConfig(keep=2)], [PoolConfig(keep=64)], [HiPruneConfig(keep=90)], [PoolConfig(keep=4)]]
 HEADLINE = ("mean of families", "accuracy")
-
-
-@pytest.fixture(scope="module")
-def loaded():
-    return mv.load("tiny-llava-scenes")
 
 
 @pytest.fixture(scope="module")
