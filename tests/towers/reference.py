@@ -18,14 +18,14 @@ def random_weights(layers=4, mergers=(), adaptive=True, table=(6, 5)):
     weights = {
         "patch_embed.proj.weight": random(WIDTH, 3, SIDE, SIDE),
         "patch_embed.proj.bias": random(WIDTH),
-        "patch_embed.pos_emb.weight": random(*table, WIDTH) * 4,
+        "patch_embed.pos_emb.weight": 2 * random(*table, WIDTH),
         "encoder.final_layernorm.weight": 1 + random(WIDTH),
         "encoder.final_layernorm.bias": random(WIDTH),
     }
     for layer in range(layers):
         block = f"encoder.blocks.{layer}."
         for name, out, width in (("wqkv", 3 * WIDTH, WIDTH), ("wo", WIDTH, WIDTH)):
-            weights |= {f"{block}{name}.weight": 2 * random(out, width), f"{block}{name}.bias": random(out)}
+            weights |= {f"{block}{name}.weight": random(out, width), f"{block}{name}.bias": random(out)}
         for name, out, width in (("mlp.fc0", 48, WIDTH), ("mlp.fc1", WIDTH, 48)):
             weights |= {f"{block}{name}.weight": random(out, width), f"{block}{name}.bias": random(out)}
         for name in ("norm0", "norm1"):
@@ -34,7 +34,7 @@ def random_weights(layers=4, mergers=(), adaptive=True, table=(6, 5)):
             weights[f"{block}merger.zero_init_fc.weight"] = random(WIDTH, WIDTH)
         if layer in mergers and adaptive:
             for name, width in (("merger.attn_layer.0", 2 * WIDTH), ("merger.attn_layer.2", WIDTH)):
-                weights |= {f"{block}{name}.weight": 4 * random(WIDTH, width), f"{block}{name}.bias": random(WIDTH)}
+                weights |= {f"{block}{name}.weight": 2 * random(WIDTH, width), f"{block}{name}.bias": random(WIDTH)}
     return weights
 
 

@@ -150,17 +150,21 @@ class AverageMerger(nn.Module):
         return windows.mean(1)
 
 
+class WindowScores(nn.Linear):
+    """The layer that scores tokens; starts at zero, so that all tokens of a window weigh the same."""
+
+
 class AdaptiveMerger(nn.Module):
     """A weighted mean of every window (M, 4, C): (M, C).
 
     The weight of a token in a channel is a softmax over the four of scores that an MLP gives to the token beside the
-    mean of its window. The last layer of the MLP starts at zero, which makes it the mean.
+    mean of its window.
     """
 
     def __init__(self, width: int):
         super().__init__()
         self.hidden = nn.Linear(2 * width, width)
-        self.score = nn.Linear(width, width, bias=False)
+        self.score = WindowScores(width, width, bias=False)
 
     def forward(self, windows: Tensor) -> Tensor:
         mean = windows.mean(1, keepdim=True).expand_as(windows)
@@ -221,8 +225,8 @@ class ViTUHDModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, ViTUHDModel):
             initialization.normal_(module.position_embedding, std=self.config.initializer_range)
-        elif isinstance(module, AdaptiveMerger):
-            initialization.zeros_(module.score.weight)
+        elif isinstance(module, WindowScores):
+            initialization.zeros_(module.weight)
 
     @classmethod
     def from_vit(
