@@ -1,4 +1,4 @@
-"""ViT-UHD: whole outputs against slow loops, alone or packed, under every attention; nothing waits and nothing loops."""
+"""ViT-UHD: whole outputs against slow loops, alone or packed, under every attention; nothing waits, nothing loops."""
 
 import subprocess
 import sys
