@@ -40,7 +40,7 @@ class ViTUHDConfig(PreTrainedConfig):
     num_hidden_layers: int = 27
     num_attention_heads: int = 16
     patch_size: int = 10
-    position_grid: tuple[int, int] | list[int] = (64, 64)
+    position_grid: tuple[int, ...] | list[int] = (64, 64)
     merger_layers: tuple[int, ...] | list[int] = (4, 18)
     merger: str = "adaptive"
     rotary_theta: float | None = 10000.0

@@ -26,7 +26,7 @@ from mllm_vision.towers.vit_uhd.configuration import ViTUHDConfig
 __all__ = ["ViTUHDImageProcessor", "fitted_size"]
 
 
-class ViTUHDImageProcessorKwargs(ImagesKwargs, total=False):
+class ViTUHDImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     """Settings of the processor that a call may override."""
 
     patch_size: int
