@@ -1,7 +1,7 @@
 """Method configs: what a user types, what `config.json` stores, and how the methods are found.
 
-A method is one file in `reducers/`, `projectors/` or `decoding/`, or a module that a third party names in the entry-point
-group ``mllm_vision.methods``. Nothing else lists it.
+A method is one file in `reducers/`, `projectors/` or `decoding/`, or a module that a third party names in the
+entry-point group ``mllm_vision.methods``. Nothing else lists it.
 """
 
 from __future__ import annotations
