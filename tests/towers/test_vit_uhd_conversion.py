@@ -23,7 +23,7 @@ from mllm_vision.towers.vit_uhd.image_processing import patchify
 from tests.towers.reference import HEADS, SIDE, random_weights, slow_tower
 
 CELLS = 6  # patches along a side of the pictures that the towers were made for
-SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)
+SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, layer_norm_eps=0.01)
 
 
 def random(tower):

@@ -59,7 +59,8 @@ def from_authors(weights: Mapping[str, Tensor], *, heads: int = 16) -> AuthorsTo
     Raises:
         ValueError: keys are missing or surplus, or a weight is of another shape than the others ask for.
     """
-    weights = {name.removeprefix(PREFIX): weight for name, weight in weights.items()}
+    if all(name.startswith(PREFIX) for name in weights):
+        weights = {name.removeprefix(PREFIX): weight for name, weight in weights.items()}
     unread = sorted(name for name in weights if UNREAD.fullmatch(name))
     blocks = {int(m[1]) for m in (re.match(r"encoder\.blocks\.(\d+)\.", name) for name in weights) if m}
     mergers = {int(m[1]) for m in (re.match(r"encoder\.blocks\.(\d+)\.merger\.", name) for name in weights) if m}

@@ -3,7 +3,7 @@
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -62,7 +62,7 @@ class ViTUHDImageProcessor(PilBackend):
     min_pixels = 512**2
     max_pixels = 1560**2
     valid_kwargs = ViTUHDImageProcessorKwargs
-    model_input_names = ("pixel_values", "image_grid_hw")
+    model_input_names: ClassVar[list[str]] = ["pixel_values", "image_grid_hw"]  # which processors add to theirs
 
     @classmethod
     def for_tower(cls, config: ViTUHDConfig, **settings: Any) -> "ViTUHDImageProcessor":

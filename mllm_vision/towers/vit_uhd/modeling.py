@@ -35,7 +35,7 @@ from transformers.utils.generic import is_flash_attention_requested
 from transformers.utils.output_capturing import capture_outputs
 
 from mllm_vision.towers.vit_uhd.configuration import ViTUHDConfig
-from mllm_vision.towers.vit_uhd.packing import Grid, position_angles, positions_on, rotate, window_index
+from mllm_vision.towers.vit_uhd.packing import Grid, on_device, position_angles, positions_on, rotate, window_index
 
 __all__ = ["ViTUHDModel", "ViTUHDOutput"]
 
@@ -193,7 +193,7 @@ class ViTUHDLayer(GradientCheckpointingLayer):
 
 
 class ViTUHDModel(PreTrainedModel):
-    """A ViT-UHD."""
+    """A ViT-UHD; ``attn_implementation="flash_attention_2"``, where it is installed, serves all images in one call."""
 
     config: ViTUHDConfig
     config_class = ViTUHDConfig
@@ -235,7 +235,8 @@ class ViTUHDModel(PreTrainedModel):
         """A pretrained tower as a ViT-UHD, to be trained further; patches embed alike, mergers start as averages.
 
         The table of positions keeps covering the same picture. What has no place in a ViT-UHD is left out: the pooling
-        head of SigLIP, and the CLS token of CLIP with the norm behind it.
+        head of SigLIP, and the CLS token of CLIP with the norm behind it. Pictures for it come from
+        `ViTUHDImageProcessor.for_tower`, with the mean and deviation that the tower was trained with.
 
         Args:
             tower: Of SigLIP, SigLIP 2, CLIP or MoonViT, or a ViT-UHD without mergers; not modified.
@@ -271,7 +272,8 @@ class ViTUHDModel(PreTrainedModel):
                 f"pixel_values must be ({length}, 3, {side}, {side}) for grids of {length} patches of {side} x {side} "
                 f"pixels, got {tuple(pixel_values.shape)}; give what the image processor of this tower returns"
             )
-        hidden_states = self.patch_embedding(pixel_values.flatten(1).to(self.patch_embedding.weight.dtype))
+        # The table keeps the model's dtype where the linear layers are quantised.
+        hidden_states = self.patch_embedding(pixel_values.flatten(1).to(self.position_embedding.dtype))
         positions = positions_on(self.position_embedding, grids)
         hidden_states = self.pre_layernorm(hidden_states + positions.to(hidden_states.dtype))
         step, pack = 1, self._pack(grids, 1, hidden_states.device)
@@ -287,7 +289,7 @@ class ViTUHDModel(PreTrainedModel):
     def _pack(self, grids: list[Grid], step: int, device: torch.device) -> Pack:
         """The layout of ``grids`` whose tokens are ``step`` patches apart."""
         lengths = [height * width for height, width in grids]
-        bounds = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(device)
+        bounds = on_device([0, *lengths], device).cumsum(0, dtype=torch.int32)
         if self.config.rotary_theta is None:
             return Pack(lengths, bounds, None)
         unit = step if self.config.rotary_units == "patches" else 1

@@ -16,12 +16,17 @@ from torch.nn.functional import embedding_bag
 
 Grid = tuple[int, int]
 
-__all__ = ["position_angles", "positions_on", "rotate", "token_places", "window_index"]
+__all__ = ["on_device", "position_angles", "positions_on", "rotate", "token_places", "window_index"]
+
+
+def on_device(numbers: Sequence[int] | Sequence[Grid], device: torch.device) -> Tensor:
+    """A few integers as a tensor; a plain ``.to(device)`` would wait until the device has done all it was given."""
+    return torch.tensor(numbers).to(device, non_blocking=True)
 
 
 def token_places(grids: Sequence[Grid], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Image, row and column of every token, (L,) each."""
-    sizes = torch.tensor(grids).to(device)  # (B, 2)
+    sizes = on_device(grids, device)  # (B, 2)
     counts = sizes.prod(1)
     length = sum(height * width for height, width in grids)  # known on the host, so that the device need not tell
     image = torch.repeat_interleave(torch.arange(len(grids), device=device), counts, output_size=length)
@@ -37,7 +42,7 @@ def window_index(grids: Sequence[Grid], device: torch.device) -> Tensor:
         grids: (H, W) of every image, all even.
     """
     image, row, column = token_places([(height // 2, width // 2) for height, width in grids], device)
-    sizes = torch.tensor(grids).to(device)
+    sizes = on_device(grids, device)
     counts, width = sizes.prod(1), sizes[image, 1]
     first = (counts.cumsum(0) - counts)[image] + 2 * row * width + 2 * column
     right = torch.ones_like(width)
@@ -51,7 +56,7 @@ def positions_on(table: Tensor, grids: Sequence[Grid]) -> Tensor:
     """
     rows, columns, _ = table.shape
     image, row, column = token_places(grids, table.device)
-    sizes = torch.tensor(grids).to(table.device)[image]
+    sizes = on_device(grids, table.device)[image]
     above, by_row = _cubic(row, sizes[:, 0], rows)
     left, by_column = _cubic(column, sizes[:, 1], columns)
     index = above[:, :, None] * columns + left[:, None]  # (L, 4, 4)
