@@ -109,6 +109,7 @@ def test_without_resizing_the_features_are_the_towers_own(source):
     picture = torch.randn(3, CELLS * side, CELLS * side, generator=torch.Generator().manual_seed(1))
     converted = ViTUHDModel.from_vit(tower, patch_size=side, merger_layers=())
     assert converted.config.position_grid == (CELLS, CELLS)
+    assert not converted.training
     torch.testing.assert_close(features(converted, picture), own_features(tower, picture), atol=1e-5, rtol=1e-4)
 
 

@@ -48,6 +48,12 @@ def test_a_picture_that_fits_is_cut_and_not_changed():
     np.testing.assert_array_equal(pixels_of(image), channels_first(image))
 
 
+def test_a_picture_that_does_not_fit_is_resized_bicubically():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (33, 47, 3), dtype=np.uint8))
+    expected = image.resize((40, 30), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(pixels_of(image), channels_first(expected))
+
+
 def test_patches_by_eye():
     image = np.arange(16).reshape(1, 4, 4)
     assert patchify(image, 2)[:, 0].tolist() == [
