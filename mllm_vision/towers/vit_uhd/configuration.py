@@ -14,7 +14,7 @@ ROTARY_UNITS = ("patches", "tokens")
 
 
 class ViTUHDConfig(PreTrainedConfig):
-    """Settings of a ViT-UHD; the defaults are those of LLaVA-UHD v3's tower, which came from MoonViT-SO-400M.
+    """Settings of a ViT-UHD; the default sizes are those of LLaVA-UHD v3's tower, which came from MoonViT-SO-400M.
 
     Args:
         patch_size: Side of a patch in pixels.
@@ -24,7 +24,7 @@ class ViTUHDConfig(PreTrainedConfig):
         rotary_theta: Base of the 2-D rotary angles; None for a tower that has learned positions only.
         rotary_units: What the angles count, once tokens are merged: "patches" keeps a patch's distance to every other
             as the steps between tokens grow to 2, 4, ...; "tokens" counts the tokens of the coarser grid, so that
-            distances shrink.
+            distances shrink, as the authors' code does.
         pre_norm: Whether the embeddings are normalised before the first layer.
         post_norm: Whether the tokens are normalised after the last layer.
 
