@@ -1,7 +1,7 @@
-"""Registration of the slotted architectures with the Auto classes, at the moment when they can be needed.
+"""Registration of the slotted architectures and the towers with the Auto classes, when they can be needed.
 
-`import transformers` does not load torch, and neither shall `import mllm_vision`: configs are registered as soon as
-someone loads `AutoConfig`, a model class when the first of its configs is created.
+`import transformers` does not load torch, and neither shall `import mllm_vision`: configs and image processors are
+registered as soon as someone loads `AutoConfig`, a model class when the first of its configs is created.
 """
 
 from __future__ import annotations
@@ -21,11 +21,10 @@ if TYPE_CHECKING:
     from mllm_vision.host import Adapter
 
 AUTO_CONFIG = "transformers.models.auto.configuration_auto"
-AUTO_MODEL = "transformers.models.auto.modeling_auto"
 
 
 def register() -> None:
-    """Register every slotted architecture: now where `AutoConfig` is loaded, else as soon as it is."""
+    """Register every slotted architecture and tower: now where `AutoConfig` is loaded, else as soon as it is."""
     if AUTO_CONFIG in sys.modules:
         _register_configs()
     elif not any(isinstance(finder, _AfterAutoConfig) for finder in sys.meta_path):
@@ -33,33 +32,35 @@ def register() -> None:
 
 
 class _AfterAutoConfig(importlib.abc.MetaPathFinder):
-    """Lets the config modules of transformers load as they would; once `AutoConfig` is there, registers and is gone.
+    """Lets the modules of transformers load as they would; once `AutoConfig` is there, registers and is gone.
 
-    Configs import one another and the Auto classes in circles, so registration waits until none is half loaded.
+    They import one another in circles, so registration waits until none is half loaded.
     """
 
     def __init__(self) -> None:
-        self.loading: set[str] = set()
+        self.finding: set[str] = set()
+        self.loading = 0
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        package, _, module = fullname.rpartition(".")
-        watched = fullname == AUTO_MODEL or module.startswith("configuration_")
-        if not package.startswith("transformers.models.") or not watched or fullname in self.loading:
+        if not fullname.startswith("transformers.") or fullname in self.finding:
             return None
-        self.loading.add(fullname)
-        spec = importlib.util.find_spec(fullname)
+        self.finding.add(fullname)
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self.finding.discard(fullname)
         if spec is None or spec.loader is None:
-            self.loading.discard(fullname)
             return spec
         execute = spec.loader.exec_module
 
         def execute_and_register(loaded: ModuleType) -> None:
+            self.loading += 1
             try:
                 execute(loaded)
             finally:
-                self.loading.discard(fullname)
+                self.loading -= 1
             if AUTO_CONFIG in sys.modules and not self.loading and self in sys.meta_path:
                 sys.meta_path.remove(self)
                 _register_configs()
@@ -72,10 +73,13 @@ def _register_configs() -> None:
     from transformers.models.auto.configuration_auto import AutoConfig
 
     from mllm_vision.host import adapters
+    from mllm_vision.registry import package_modules
 
     for adapter in adapters().values():
         config = slotted_config(adapter)
         AutoConfig.register(config.model_type, config, exist_ok=True)
+    for tower in package_modules("mllm_vision.towers"):
+        tower.register()
 
 
 def _register_model(config: type[PreTrainedConfig]) -> None:

@@ -51,6 +51,15 @@ def load_image(source: str | Path | bytes) -> Image.Image:
             f"{name} is {image.width} x {image.height} pixels, but one side may be at most {MAX_ASPECT} times the "
             "other, because a model's processor scales by the shorter one; crop or pad it"
         )
+    return upright_rgb(image, name)
+
+
+def upright_rgb(image: Image.Image, name: str = "the picture") -> Image.Image:
+    """A picture in RGB of 8 bits, upright as its EXIF says, white where transparent; errors call it ``name``.
+
+    Raises:
+        ValueError: brightness without a defined range.
+    """
     if image.mode == "F":
         raise ValueError(f"{name} has brightness in floats of no defined range; save it with 8 or 16 bits a channel")
     return _rgb(_upright(image))

@@ -1,7 +1,7 @@
 """Method configs: what a user types, what `config.json` stores, and how the methods are found.
 
-A method is one file in `reducers/`, `projectors/`, `towers/` or `decoding/`, or a module that a third party names in
-the entry-point group ``mllm_vision.methods``. Nothing else lists it.
+A method is one file in `reducers/`, `projectors/` or `decoding/`, or a module that a third party names in the
+entry-point group ``mllm_vision.methods``. Nothing else lists it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from mllm_vision.settings import Settings, parse_spec
 
-KIND_PACKAGES = ("reducers", "projectors", "towers", "decoding")
+KIND_PACKAGES = ("reducers", "projectors", "decoding")
 ENTRY_POINT_GROUP = "mllm_vision.methods"
 
 _CONFIGS: dict[str, type[MethodConfig]] = {}
