@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mllm_vision.adapters.llava import LlavaAdapter, feature_layers, keeps_cls, patch_maps, resize_tiles, tile_grid
-from mllm_vision.host import Encoded, Layout, images_by_grid, seeded_noise
+from mllm_vision.host import Adapter, Encoded, Layout, images_by_grid, seeded_noise
 from mllm_vision.operations import TowerFacts
 
 if TYPE_CHECKING:
@@ -21,6 +21,9 @@ class LlavaNextAdapter(LlavaAdapter):
     model_type = "llava_next"
     config_name = "LlavaNextConfig"
     model_name = "LlavaNextForConditionalGeneration"
+
+    def on_tower(self, config: PreTrainedConfig) -> Adapter:
+        return self  # its towers see tiles
 
     def facts(self, config: PreTrainedConfig) -> TowerFacts:
         return replace(super().facts(config), image_tokens=None)  # the number of tiles depends on the image

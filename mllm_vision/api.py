@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedMode
 
 from mllm_vision.auto import slotted_config
 from mllm_vision.encoding import encode_images, image_inputs
-from mllm_vision.host import SLOTTED_PREFIX, adapter_for, adapters
+from mllm_vision.host import SLOTTED_PREFIX, adapter_for, adapter_of_type, adapters
 from mllm_vision.registry import MethodConfig
 from mllm_vision.slots import Slots, replacing, restored, stored
 from mllm_vision.slotted import SlottedModel, require_weights, slotted_model, spare_slots
@@ -84,7 +84,7 @@ def remove(model: Model) -> Model:
     """
     host = find_host(model)
     if isinstance(host, SlottedModel):
-        adapter = adapter_for(host.config)
+        adapter = adapter_of_type(host.config.model_type)
         host.plug(Slots([], host.config))
         del host.vision_slots
         del host.config.mllm_vision
@@ -180,7 +180,7 @@ def find_host(model: nn.Module) -> PreTrainedModel:
 def _plug(host: PreTrainedModel, slots: Slots) -> None:
     """Give ``host`` these slots, and the class and config that hold them if it is of a stock class."""
     if not isinstance(host, SlottedModel):
-        adapter = adapter_for(host.config)
+        adapter = adapter_of_type(host.config.model_type)
         if type(host) is not adapter.stock_model:
             raise ValueError(
                 f"methods plug into an instance of {adapter.model_name} itself, got its subclass {type(host).__name__};"

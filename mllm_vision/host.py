@@ -90,6 +90,10 @@ class Adapter(ABC):
     image_inputs: tuple[str, ...]
     keeps_positions: bool = False
 
+    def on_tower(self, config: PreTrainedConfig) -> Adapter:
+        """The adapter for a host with the tower of this config; another one where a family has towers of two kinds."""
+        return self
+
     @property
     def slotted_type(self) -> str:
         """The model type under which a model with slots is saved."""
@@ -170,11 +174,11 @@ def adapter_for(config: PreTrainedConfig) -> Adapter:
     Raises:
         ValueError: nobody supports that host; the message lists those that are supported.
     """
-    return adapter_of_type(config.model_type)
+    return adapter_of_type(config.model_type).on_tower(config)
 
 
 def adapter_of_type(model_type: str) -> Adapter:
-    """The adapter of the host with this model type, stock or with slots.
+    """The adapter of the hosts with this model type, stock or with slots, whatever their towers.
 
     Raises:
         ValueError: nobody supports that host; the message lists those that are supported.

@@ -47,12 +47,12 @@ def tile_pictures(
     Args:
         image: The picture that the processor was given.
         number: Its number in the batch.
-        inputs: What the processor made of the batch. Patches instead of pictures show the tower the whole image.
-        image_processor: The processor's image processor.
+        inputs: What the processor made of the batch.
+        image_processor: The processor's image processor; one with a ``merge_size`` makes patches of the whole image.
     """
-    pixels = inputs["pixel_values"]  # (B, 3, height, width), (B, T, 3, height, width), or patches
-    if pixels.dim() < 4:
+    if hasattr(image_processor, "merge_size"):
         return [image]
+    pixels = inputs["pixel_values"]  # (B, 3, height, width) or (B, T, 3, height, width)
     tiles = pixels[number].float().cpu().reshape(-1, *pixels.shape[-3:])
     if image_processor.do_normalize:
         mean, std = torch.tensor(image_processor.image_mean), torch.tensor(image_processor.image_std)

@@ -1,6 +1,7 @@
 """Tiny random checkpoints of every supported host: the stock class, the stock processor, a real tokenizer, no download.
 
-A row of `HOSTS` is what the host tests sweep. Pictures and prompts are made from seeds; nothing here knows the library.
+A row of `HOSTS` is what the host tests sweep. Pictures and prompts are made from seeds. Of the
+library nothing is known here but its towers.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from transformers import (
     LlavaNextImageProcessorPil,
     LlavaNextProcessor,
     LlavaProcessor,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     ProcessorMixin,
@@ -39,6 +41,8 @@ from transformers import (
 )
 from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.modeling_llava_next import unpad_image
+
+from mllm_vision.towers import ViTUHDConfig, ViTUHDImageProcessor, ViTUHDProcessor
 
 PATCH = 14
 GAIN = 1.2
@@ -97,6 +101,23 @@ class Host:
         else:
             self.processor.save_pretrained(folder)
         return folder
+
+
+def first_block(model: PreTrainedModel) -> torch.nn.Module:
+    """The first layer of the tower."""
+    ends = ("encoder.layers.0", "vision_tower.layers.0", "visual.blocks.0")
+    (block,) = (module for name, module in model.named_modules() if name.endswith(ends))
+    return block
+
+
+def rows_of_pixels(inputs: BatchFeature) -> list[int]:
+    """How many rows of the pixels each image has: its patches where they stand in one row, else one."""
+    if "image_grid_thw" in inputs:
+        return inputs["image_grid_thw"].prod(-1).tolist()
+    pixels = inputs["pixel_values"]
+    if "image_sizes" in inputs and pixels.dim() == 4:
+        return (inputs["image_sizes"] // pixels.shape[-1]).prod(-1).tolist()
+    return [1] * len(pixels)
 
 
 @cache
@@ -184,7 +205,7 @@ def _tower_size(image_size: int) -> dict[str, int]:
     }
 
 
-def _llava(tower: CLIPVisionConfig | SiglipVisionConfig, layer: int | list[int], strategy: str) -> PreTrainedModel:
+def _llava(tower: PreTrainedConfig, layer: int | list[int], strategy: str) -> PreTrainedModel:
     config = LlavaConfig(
         vision_config=tower,
         text_config=_llama(),
@@ -212,6 +233,17 @@ def _llava_processor(*, cls: bool, strategy: str) -> ProcessorMixin:
         vision_feature_select_strategy=strategy,
         num_additional_image_tokens=int(cls),
     )
+
+
+def _llava_uhd() -> PreTrainedModel:
+    tower = _tower_size(84) | {"patch_size": 7, "position_grid": (12, 12), "merger_layers": (3,)}
+    del tower["image_size"]
+    return _llava(ViTUHDConfig(**tower), -1, "full")
+
+
+def _llava_uhd_processor() -> ProcessorMixin:
+    image_processor = ViTUHDImageProcessor(patch_size=7, merge_size=2, min_pixels=56 * 56, max_pixels=140 * 140)
+    return ViTUHDProcessor(image_processor, _llava_tokenizer())
 
 
 PINPOINTS = [[56, 112], [112, 56], [112, 112], [56, 168]]  # (height, width), of tiles of 56 x 56 pixels
@@ -318,6 +350,13 @@ HOSTS = (
         lambda: _llava(SiglipVisionConfig(**_tower_size(84), vision_use_head=False), -1, "full"),
         lambda: _llava_processor(cls=False, strategy="full"),
         lambda inputs, image: _llava_placeholders(cls=False),
+        has_cls=False,
+    ),
+    Host(
+        "llava-vit-uhd",
+        _llava_uhd,
+        _llava_uhd_processor,
+        lambda inputs, image: list(range(int(inputs["image_sizes"][image].prod()) // 14**2)),
         has_cls=False,
     ),
     Host("llava-next", _llava_next, _llava_next_processor, _llava_next_placeholders),

@@ -19,7 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import mllm_vision as mv
 from mllm_vision.reducers import CLSTopKConfig, DownsampleConfig, HiPruneConfig, PoolConfig, RandomConfig
-from tests.hosts import HOSTS, Host, picture
+from tests.hosts import HOSTS, Host, first_block, picture
 
 PRUNERS = (HiPruneConfig(keep=9, alpha=0.5), RandomConfig(keep=9, seed=3), CLSTopKConfig(keep=0.3))
 METHODS = (*PRUNERS, PoolConfig(keep=9), DownsampleConfig(keep=0.3))
@@ -513,8 +513,7 @@ def test_every_method_passes_gradients_to_the_tower(host, model, method):
     model(
         **inputs, labels=inputs["input_ids"].masked_fill(inputs["input_ids"] == model.config.image_token_id, -100)
     ).loss.backward()
-    first_block = next(m for name, m in model.named_modules() if name.endswith(("encoder.layers.0", "visual.blocks.0")))
-    for module in (first_block, projector(model), model.model.language_model.layers[0]):
+    for module in (first_block(model), projector(model), model.model.language_model.layers[0]):
         assert [name for name, p in module.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
 
 

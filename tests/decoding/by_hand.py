@@ -14,6 +14,7 @@ from mllm_vision.encoding import see_images
 from mllm_vision.host import adapter_for
 from mllm_vision.slots import Slots
 from mllm_vision.tokens import AttentionReceived
+from tests.hosts import rows_of_pixels
 from tests.test_hosts import image_inputs, logits_by_hand, prompts, prune_by_hand
 
 
@@ -27,6 +28,9 @@ def attention_of_first_tiles(host, stock, inputs, layer):
         return [found[i] for i in range(len(found))]
     tower = deepcopy(stock.model.vision_tower)
     tower.set_attn_implementation("eager")
+    if pixels.dim() == 4 and "image_sizes" in inputs:
+        images = tower(pixels, inputs["image_sizes"], output_attentions=True).attentions[layer]
+        return [image[0].mean(0).sum(0) for image in images]
     maps = tower(pixels[:, 0] if pixels.dim() == 5 else pixels, output_attentions=True).attentions[layer].mean(1)
     return list(maps[:, 0, 1:] if host.has_cls else maps.sum(1))
 
@@ -80,7 +84,7 @@ def contrastive_prompts(host, stock, inputs, config, kept=None):
 
 def number(inputs):
     """Of images."""
-    return len(inputs["image_grid_thw"] if "image_grid_thw" in inputs else inputs["pixel_values"])
+    return len(rows_of_pixels(inputs))
 
 
 def all_patches(host, inputs):

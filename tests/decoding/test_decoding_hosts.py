@@ -13,7 +13,7 @@ import mllm_vision as mv
 from mllm_vision.contrast import OneCall
 from mllm_vision.decoding import DamroConfig
 from tests.decoding.by_hand import STRATEGIES, decoded_by_hand
-from tests.hosts import HOSTS
+from tests.hosts import HOSTS, first_block
 from tests.test_hosts import GREEDY, MODES, mixed_rows, question, traces
 
 STEPS = 6
@@ -111,9 +111,7 @@ def test_a_step_is_one_forward_pass_and_the_tower_sees_an_image_once(host, model
     widths = []
     mv.apply(model, STRATEGIES[0])
     model.model.language_model.register_forward_hook(lambda *a: widths.append(tuple(a[-1].last_hidden_state.shape[:2])))
-    blocks = [m for name, m in model.named_modules() if name.endswith(("encoder.layers.0", "visual.blocks.0"))]
-    for block in blocks:
-        block.register_forward_hook(lambda *_: tower.append(1))
+    first_block(model).register_forward_hook(lambda *_: tower.append(1))
     model.generate(**inputs, **GREEDY)
     assert widths == [(8, inputs["input_ids"].shape[1])] + [(8, 1)] * 7
     assert len(tower) == 1

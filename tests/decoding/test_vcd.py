@@ -5,7 +5,7 @@ import torch
 
 from mllm_vision.decoding import VCDConfig, diffused, vcd
 from mllm_vision.host import adapter_for
-from tests.hosts import HOSTS
+from tests.hosts import HOSTS, rows_of_pixels
 from tests.test_hosts import image_inputs, mixed_rows
 
 HOST = {host.name: host for host in HOSTS}
@@ -42,8 +42,7 @@ def test_noise_belongs_to_the_image_whatever_the_batch(host):
     noise = noise_of(host, batch)
     assert noise.shape == batch["pixel_values"].shape
     alone = [host.inputs(("{}", [image])) for _, images in rows for image in images]
-    parts = noise.split(batch["image_grid_thw"].prod(-1).tolist()) if "image_grid_thw" in batch else noise.split(1)
-    for part, one in zip(parts, alone, strict=True):
+    for part, one in zip(noise.split(rows_of_pixels(batch)), alone, strict=True):
         expected = noise_of(host, one)
         if part.dim() == 5:  # tiles that an image does not have are padding
             assert not part[:, expected.shape[1] :].any()

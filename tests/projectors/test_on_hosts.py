@@ -19,7 +19,7 @@ import mllm_vision as mv
 from mllm_vision.projectors import SpatialTokensConfig
 from mllm_vision.projectors.spatial_tokens import SpatialTokens
 from mllm_vision.reducers import DownsampleConfig, HiPruneConfig, RandomConfig
-from tests.hosts import HOSTS, PATCH
+from tests.hosts import HOSTS, PATCH, first_block
 from tests.test_hosts import (
     GREEDY,
     WEIGHTS,
@@ -49,6 +49,11 @@ def maps_by_hand(stock, inputs):
         grids = [(h // 2, w // 2) for _, h, w in inputs["image_grid_thw"].tolist()]
         return [[f.view(h, w, -1)] for f, (h, w) in zip(features, grids, strict=True)]
     pixels, layers = inputs["pixel_values"], stock.config.vision_feature_layer
+    if pixels.dim() == 4 and "image_sizes" in inputs:
+        seen = stock.model.vision_tower(pixels, inputs["image_sizes"])
+        grids = seen.grid_hw.tolist()
+        images = seen.last_hidden_state[0].split([h * w for h, w in grids])
+        return [[image.view(h, w, -1)] for image, (h, w) in zip(images, grids, strict=True)]
     side = pixels.shape[-1] // PATCH
     images = pixels[:, None] if pixels.dim() == 4 else pixels
     maps = []
@@ -292,8 +297,7 @@ def test_gradients_reach_every_weight(host, model, added):
     mv.apply(model.train(), added, PRUNER)
     labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == model.config.image_token_id, -100)
     model(**inputs, labels=labels).loss.backward()
-    first_block = next(m for name, m in model.named_modules() if name.endswith(("encoder.layers.0", "visual.blocks.0")))
-    for module in (model.vision_slots.projector, projector(model), first_block):
+    for module in (model.vision_slots.projector, projector(model), first_block(model)):
         assert [name for name, p in module.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
 
 

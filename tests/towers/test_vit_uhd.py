@@ -40,6 +40,11 @@ def pixels(grids, seed=0):
     return torch.randn(sum(height * width for height, width in grids), 3, SIDE, SIDE, generator=generator)
 
 
+def sizes(grids, side=SIDE):
+    """In pixels."""
+    return [(height * side, width * side) for height, width in grids]
+
+
 def tower(mergers=(0, 2), **settings):
     """A tiny tower with weights that make every part matter."""
     theirs = from_authors(random_weights(mergers=mergers), heads=HEADS)
@@ -50,7 +55,7 @@ def tower(mergers=(0, 2), **settings):
 
 def changed_pack(model):
     with torch.no_grad():
-        return model(pixels(GRIDS), GRIDS).last_hidden_state
+        return model(pixels(GRIDS), sizes(GRIDS)).last_hidden_state[0]
 
 
 @pytest.mark.parametrize("counts_patches", [False, True])
@@ -64,11 +69,11 @@ def test_tower_is_the_slow_loop(mergers, adaptive, counts_patches):
     model = ViTUHDModel(theirs.config).eval()
     model.load_state_dict(theirs.weights)
     with torch.no_grad():
-        out = model(pixels(grids), grids)
+        out = model(pixels(grids), sizes(grids))
     step = 2 ** len(mergers)
     assert out.grid_hw.tolist() == [[height // step, width // step] for height, width in grids]
     expected = slow_tower(weights, pixels(grids), grids, mergers, counts_patches=counts_patches)
-    torch.testing.assert_close(out.last_hidden_state, expected, atol=1e-4, rtol=1e-4)  # deep sums in another order
+    torch.testing.assert_close(out.last_hidden_state[0], expected, atol=1e-4, rtol=1e-4)  # deep sums in another order
 
 
 def test_tower_without_rotary_positions_is_the_slow_loop_without():
@@ -81,9 +86,9 @@ def test_norms_before_and_after_the_layers_are_optional():
     model = tower(mergers=(), pre_norm=True, post_norm=False)
     with torch.no_grad():
         model.pre_layernorm.weight.fill_(0.5)
-        out = model(pixels(GRIDS), GRIDS, output_hidden_states=True)
+        out = model(pixels(GRIDS), sizes(GRIDS), output_hidden_states=True)
     # before the first layer: mean 0 and variance 1/4 in every token
-    first = out.hidden_states[0]
+    first = out.hidden_states[0][0]
     torch.testing.assert_close(first.mean(-1), torch.zeros(len(first)), atol=1e-5, rtol=0)
     torch.testing.assert_close(first.var(-1, correction=0), torch.full((len(first),), 0.25), atol=1e-4, rtol=0)
     assert torch.equal(out.last_hidden_state, out.hidden_states[-1])
@@ -110,7 +115,7 @@ def test_an_image_gives_the_same_alone_or_packed(attention):
         GRIDS, pixels(GRIDS).split(lengths), packed.split([n // 16 for n in lengths]), strict=True
     ):
         with torch.no_grad():
-            alone = model(own, [grid]).last_hidden_state
+            alone = model(own, sizes([grid])).last_hidden_state[0]
         torch.testing.assert_close(out, alone, atol=1e-5, rtol=1e-4)  # matrix products of other sizes
 
 
@@ -122,10 +127,10 @@ def test_every_attention_gives_the_same(attention):
     torch.testing.assert_close(changed_pack(model), expected, atol=1e-5, rtol=1e-4)  # sums in another order
 
 
-def test_grids_as_a_tensor_or_a_list():
-    model = tower()
+def test_sizes_as_a_tensor_or_a_list():
+    model, given = tower(), sizes(GRIDS)
     with torch.no_grad():
-        listed, tensor = (model(pixels(GRIDS), grids).last_hidden_state for grids in (GRIDS, torch.tensor(GRIDS)))
+        listed, tensor = (model(pixels(GRIDS), g).last_hidden_state for g in (given, torch.tensor(given)))
     assert torch.equal(listed, tensor)
 
 
@@ -133,11 +138,11 @@ def test_hidden_states_and_attentions_of_every_layer():
     model = tower()
     model.config._attn_implementation = "eager"
     with torch.no_grad():
-        out = model(pixels(GRIDS), GRIDS, output_hidden_states=True, output_attentions=True)
-        assert [len(states) for states in out.hidden_states] == [320, 80, 80, 20, 20]
-        assert torch.equal(model.post_layernorm(out.hidden_states[-1]), out.last_hidden_state)
-    sizes = [[weights.shape[-1] for weights in layer] for layer in out.attentions]
-    assert sizes == [[128, 128, 64], [32, 32, 16], [32, 32, 16], [8, 8, 4]]
+        out = model(pixels(GRIDS), sizes(GRIDS), output_hidden_states=True, output_attentions=True)
+    assert [states.shape for states in out.hidden_states] == [(1, n, 32) for n in (320, 80, 80, 20, 20)]
+    assert torch.equal(out.hidden_states[-1], out.last_hidden_state)
+    maps = [[weights.shape[-1] for weights in layer] for layer in out.attentions]
+    assert maps == [[128, 128, 64], [32, 32, 16], [32, 32, 16], [8, 8, 4]]
     for weights in out.attentions[1]:
         torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
 
@@ -147,10 +152,10 @@ def test_the_tap_hears_the_attention_of_every_image(attention):
     model, request = tower(), AttentionReceived(1)
     model.config._attn_implementation = "eager"
     with torch.no_grad():
-        maps = model(pixels(GRIDS), GRIDS, output_attentions=True).attentions[1]
+        maps = model(pixels(GRIDS), sizes(GRIDS), output_attentions=True).attentions[1]
         model.config._attn_implementation = attention
         with listen(model, [request]) as recording:
-            model(pixels(GRIDS), GRIDS)
+            model(pixels(GRIDS), sizes(GRIDS))
     assert len(recording[request]) == 3
     for received, weights in zip(recording[request], maps, strict=True):
         torch.testing.assert_close(received, weights.mean(1).sum(1), atol=1e-5, rtol=1e-4)
@@ -159,8 +164,8 @@ def test_the_tap_hears_the_attention_of_every_image(attention):
 def test_nothing_is_read_back_from_the_device():
     # Tensors on the meta device have no values, so that reading one is an error.
     model = tower().to("meta")
-    out = model(pixels(GRIDS).to("meta"), GRIDS)
-    assert out.last_hidden_state.shape == (20, 32)
+    out = model(pixels(GRIDS).to("meta"), sizes(GRIDS))
+    assert out.last_hidden_state.shape == (1, 20, 32)
     assert out.grid_hw.tolist() == [[2, 4], [4, 2], [2, 2]]
 
 
@@ -182,7 +187,7 @@ def test_nothing_loops_over_images_but_attention_without_flash():
         counts = []
         for images in (2, 5):
             with OperationCounter() as counter, torch.no_grad():
-                model(pixels([(4, 4)] * images), [(4, 4)] * images)
+                model(pixels([(4, 4)] * images), sizes([(4, 4)] * images))
             counts.append(counter.calls)
     finally:
         AttentionInterface.register(FAKE, fake_flash)
@@ -193,7 +198,7 @@ def test_cost_grows_with_the_number_of_images_and_no_faster():
     model, flops = tower(), []
     for images in (1, 2, 6):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(pixels([(8, 8)] * images), [(8, 8)] * images)
+            model(pixels([(8, 8)] * images), sizes([(8, 8)] * images))
         flops.append(counter.get_total_flops())
     assert flops == [flops[0], 2 * flops[0], 6 * flops[0]]
 
@@ -204,10 +209,10 @@ def test_gradients_reach_every_weight(checkpointing):
     if checkpointing:
         model.gradient_checkpointing_enable()
     patches = pixels(grids)
-    model(patches, grids).last_hidden_state.pow(3).sum().backward()
+    model(patches, sizes(grids)).last_hidden_state.pow(3).sum().backward()
     assert [name for name, weight in model.named_parameters() if weight.grad is None or not weight.grad.any()] == []
     again = tower(mergers=(0, 3))
-    again(patches, grids).last_hidden_state.pow(3).sum().backward()
+    again(patches, sizes(grids)).last_hidden_state.pow(3).sum().backward()
     for weight, same in zip(model.parameters(), again.parameters(), strict=True):
         torch.testing.assert_close(weight.grad, same.grad)
 
@@ -217,7 +222,7 @@ def test_a_fresh_adaptive_merger_is_an_average_that_can_learn():
     average = ViTUHDModel(tower(merger="average").config).eval()
     average.load_state_dict({name: weight for name, weight in fresh.state_dict().items() if ".merger." not in name})
     torch.testing.assert_close(changed_pack(fresh), changed_pack(average))
-    fresh(pixels(GRIDS), GRIDS).last_hidden_state.pow(3).sum().backward()
+    fresh(pixels(GRIDS), sizes(GRIDS)).last_hidden_state.pow(3).sum().backward()
     assert all(fresh.layers[layer].merger.score.weight.grad.any() for layer in (0, 2))
 
 
@@ -261,17 +266,17 @@ def test_the_processor_is_registered_whatever_is_imported_first(first, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("patches", "grids", "message"),
+    ("patches", "given", "message"),
     [
-        (32, [(4, 6)], "multiples of 4, 2 for each merger, got 4 x 6"),
-        (0, [(0, 4)], "got 0 x 4"),
+        (32, [(20, 30)], r"multiples of 20 pixels \(5 for a patch, 2 for each merger\), got 20 x 30"),
+        (0, [(0, 20)], "got 0 x 20"),
         (16, [], "at least one image"),
-        (15, [(4, 4)], r"must be \(16, 3, 5, 5\) .* got \(15, 3, 5, 5\)"),
+        (15, [(20, 20)], r"must be \(16, 3, 5, 5\) .* got \(15, 3, 5, 5\)"),
     ],
 )
-def test_packs_that_cannot_be(patches, grids, message):
+def test_packs_that_cannot_be(patches, given, message):
     with pytest.raises(ValueError, match=message):
-        tower()(torch.zeros(patches, 3, SIDE, SIDE), grids)
+        tower()(torch.zeros(patches, 3, SIDE, SIDE), given)
 
 
 @pytest.mark.parametrize(

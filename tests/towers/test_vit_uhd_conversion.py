@@ -80,7 +80,7 @@ def own_features(tower, picture):
 
 def features(tower, picture):
     patches = torch.from_numpy(patchify(picture.numpy(), tower.config.patch_size))
-    return tower(patches, [(CELLS, CELLS)]).last_hidden_state
+    return tower(patches, [picture.shape[1:]]).last_hidden_state[0]
 
 
 def smooth_picture(pixels):
@@ -151,15 +151,15 @@ def test_a_smaller_kernel_is_the_nearest_one():
 @torch.no_grad()
 def test_mergers_start_as_averages():
     tower, picture = siglip(), torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(1))
-    grids, patches = [(4, 4)], torch.from_numpy(patchify(picture.numpy(), 4))
+    sizes, patches = [(16, 16)], torch.from_numpy(patchify(picture.numpy(), 4))
     adaptive, average = (
         ViTUHDModel.from_vit(tower, patch_size=4, merger_layers=(0, 1), merger=merger)
         for merger in ("adaptive", "average")
     )
     assert not [name for name in average.state_dict() if ".merger." in name]
-    out = adaptive(patches, grids)
+    out = adaptive(patches, sizes)
     assert out.grid_hw.tolist() == [[1, 1]]
-    torch.testing.assert_close(out.last_hidden_state, average(patches, grids).last_hidden_state)
+    torch.testing.assert_close(out.last_hidden_state, average(patches, sizes).last_hidden_state)
 
 
 @torch.no_grad()

@@ -19,9 +19,9 @@ RAW = dict(do_rescale=False, do_normalize=False)
 def pixels_of(image, **settings):
     """The picture (3, H, W) that the processor encodes, in 0..255, put together from its patches."""
     out = ViTUHDImageProcessor(**TINY)(image, return_tensors="np", **RAW | settings)
-    ((height, width),) = out["image_grid_hw"]
-    cells = out["pixel_values"].reshape(height, width, 3, 5, 5)
-    return cells.transpose(2, 0, 3, 1, 4).reshape(3, height * 5, width * 5)
+    ((height, width),) = out["image_sizes"]
+    cells = out["pixel_values"].reshape(height // 5, width // 5, 3, 5, 5)
+    return cells.transpose(2, 0, 3, 1, 4).reshape(3, height, width)
 
 
 def colours(width=40, height=20):
@@ -39,7 +39,7 @@ def channels_first(image):
 def test_a_picture_that_fits_is_cut_and_not_changed():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 40, 3), dtype=np.uint8))
     out = ViTUHDImageProcessor(**TINY)([image, colours(40, 40)], return_tensors="pt")
-    assert out["image_grid_hw"].tolist() == [[4, 8], [8, 8]]
+    assert out["image_sizes"].tolist() == [[20, 40], [40, 40]]
     assert out["pixel_values"].dtype == torch.float32
     # patch (2, 3) by eye: rows 10 to 14, columns 15 to 19; brightness 0..255 becomes -1..1
     patch = torch.from_numpy(np.asarray(image)[10:15, 15:20].copy()).permute(2, 0, 1) / 127.5 - 1
@@ -109,19 +109,19 @@ def test_the_number_of_tokens_is_known_before():
     sizes = [(1, 1), (20, 600), (33, 47), (400, 300)]
     out = processor([Image.new("RGB", (width, height)) for height, width in sizes], return_tensors="pt")
     with torch.no_grad():
-        encoded = tower(out["pixel_values"], out["image_grid_hw"])
+        encoded = tower(out["pixel_values"], out["image_sizes"])
     counts = [processor.token_count(*size) for size in sizes]
     assert counts == encoded.grid_hw.prod(1).tolist() == [4, 32, 12, 35]
-    assert sum(counts) == len(encoded.last_hidden_state)
+    assert sum(counts) == encoded.last_hidden_state.shape[1]
     assert ViTUHDImageProcessor().token_count(1024, 1024) == 26**2
 
 
 def test_one_pixel_and_20_x_4000_are_enlarged_and_keep_their_ratio():
     dot = ViTUHDImageProcessor()(Image.new("RGB", (1, 1), (10, 20, 30)), return_tensors="np", **RAW)
-    assert dot["image_grid_hw"].tolist() == [[52, 52]]
+    assert dot["image_sizes"].tolist() == [[520, 520]]
     assert (dot["pixel_values"] == np.array([10, 20, 30])[:, None, None]).all()
     strip = ViTUHDImageProcessor()(Image.new("RGB", (4000, 20)), return_tensors="np")
-    assert strip["image_grid_hw"].tolist() == [[4, 800]]
+    assert strip["image_sizes"].tolist() == [[40, 8000]]
 
 
 def test_grids_of_several_pictures_are_independent_of_their_company():
@@ -129,7 +129,7 @@ def test_grids_of_several_pictures_are_independent_of_their_company():
     pictures = [colours(40, 20), colours(23, 61), colours(31, 29)]
     together = processor(pictures, return_tensors="pt")
     alone = [processor(picture, return_tensors="pt") for picture in pictures]
-    for name in ("pixel_values", "image_grid_hw"):
+    for name in ("pixel_values", "image_sizes"):
         assert torch.equal(together[name], torch.cat([out[name] for out in alone]))
     nested = processor([pictures[:1], pictures[1:]], return_tensors="pt")
     assert torch.equal(nested["pixel_values"], together["pixel_values"])
@@ -238,4 +238,4 @@ def test_a_call_may_override_the_settings():
     image = Image.new("RGB", (40, 20))
     out = ViTUHDImageProcessor(**TINY)(image, patch_size=10, merge_size=1, do_resize=False, return_tensors="np")
     assert out["pixel_values"].shape == (8, 3, 10, 10)
-    assert out["image_grid_hw"].tolist() == [[2, 4]]
+    assert out["image_sizes"].tolist() == [[20, 40]]

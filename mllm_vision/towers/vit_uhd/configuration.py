@@ -83,6 +83,11 @@ class ViTUHDConfig(PreTrainedConfig):
         """Patches along a side of the square that becomes one token of the output."""
         return 1 << len(self.merger_layers)
 
+    @property
+    def token_size(self) -> int:
+        """Side in pixels of the square that becomes one token of the output."""
+        return self.patch_size * self.merge_size
+
 
 @functools.cache
 def _register_model() -> None:

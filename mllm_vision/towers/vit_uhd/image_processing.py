@@ -41,7 +41,7 @@ class ViTUHDImageProcessor(PilBackend):
     Takes files, PIL images (of any mode, turned as their EXIF says, white where transparent) and arrays or tensors:
     integers of 8 or 16 bits, or floats, which as elsewhere in transformers are brightness in 0..255, or in 0..1 with
     ``do_rescale=False``. Returns ``pixel_values`` (L, 3, p, p) of all images in order, each row-major, and
-    ``image_grid_hw`` (B, 2), the rows and columns of their patches.
+    ``image_sizes`` (B, 2), their heights and widths in pixels.
 
     Args:
         patch_size: Side p of a patch in pixels.
@@ -62,7 +62,7 @@ class ViTUHDImageProcessor(PilBackend):
     min_pixels = 512**2
     max_pixels = 1560**2
     valid_kwargs = ViTUHDImageProcessorKwargs
-    model_input_names: ClassVar[list[str]] = ["pixel_values", "image_grid_hw"]  # which processors add to theirs
+    model_input_names: ClassVar[list[str]] = ["pixel_values", "image_sizes"]  # which processors add to theirs
 
     @classmethod
     def for_tower(cls, config: ViTUHDConfig, **settings: Any) -> "ViTUHDImageProcessor":
@@ -128,7 +128,7 @@ class ViTUHDImageProcessor(PilBackend):
     ) -> BatchFeature:
         if not images:
             raise ValueError("got no images; a pack needs at least one")
-        unit, patches, grids = patch_size * merge_size, [], []
+        unit, patches, sizes = patch_size * merge_size, [], []
         for image in images:
             height, width = image.shape[1:]
             if do_resize:
@@ -144,8 +144,8 @@ class ViTUHDImageProcessor(PilBackend):
             if do_normalize:
                 image = self.normalize(image, image_mean, image_std)
             patches.append(patchify(image, patch_size))
-            grids.append((height // patch_size, width // patch_size))
-        data = {"pixel_values": np.concatenate(patches).astype(np.float32), "image_grid_hw": np.array(grids)}
+            sizes.append((height, width))
+        data = {"pixel_values": np.concatenate(patches).astype(np.float32), "image_sizes": np.array(sizes)}
         return BatchFeature(data, tensor_type=return_tensors)
 
 

@@ -15,7 +15,8 @@ softmax over the window takes away again, nor is there `zero_init_fc`, which not
 patches or tokens: in the authors' code the first table is cached and serves the coarser grids as well, so that they
 count tokens.
 
-Shapes: B images of (H, W) patches, L patches in all, M tokens that come out, C channels, d channels a head, p pixels.
+Shapes: B images of (H, W) patches, L patches in all, M tokens that come out, C channels, d channels a head, p pixels
+along a patch. As in other towers for pictures of any size, the pack is a batch of one.
 """
 
 from __future__ import annotations
@@ -45,10 +46,10 @@ class ViTUHDOutput(ModelOutput):
     """What a ViT-UHD makes of a pack of images.
 
     Args:
-        last_hidden_state: (M, C), image after image, each row-major.
+        last_hidden_state: (1, M, C), image after image, each row-major.
         grid_hw: (B, 2) on the CPU, rows and columns of tokens of every image.
-        hidden_states: Where asked for, what each layer was given and what the last one gave, before `post_norm`; a
-            layer behind a merger is given fewer tokens.
+        hidden_states: Where asked for, what each layer was given, fewer tokens behind a merger, and at last the
+            `last_hidden_state`.
         attentions: Where asked for and attention is "eager", for each layer a tuple of one (1, heads, N, N) an image.
     """
 
@@ -99,14 +100,14 @@ class ViTUHDAttention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
 
     def forward(self, hidden_states: Tensor, pack: Pack) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-        """New states (L, C), and the map of each image where the implementation gives it."""
+        """New states (1, L, C), and the map of each image where the implementation gives it."""
         query, key, value = (
-            project(hidden_states).unflatten(-1, (-1, self.head_dim))  # (L, heads, d)
+            project(hidden_states).unflatten(-1, (-1, self.head_dim))  # (1, L, heads, d)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         if pack.rotary is not None:
             query, key = rotate(query, *pack.rotary), rotate(key, *pack.rotary)
-        states = [part.transpose(0, 1).unsqueeze(0) for part in (query, key, value)]  # (1, heads, L, d)
+        states = [part.transpose(1, 2) for part in (query, key, value)]  # (1, heads, L, d)
         attend: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -124,12 +125,12 @@ class ViTUHDAttention(nn.Module):
                 max_length_q=longest,
                 max_length_k=longest,
             )
-            return self.out_proj(seen.flatten(2).squeeze(0)), None
+            return self.out_proj(seen.flatten(2)), None
         images = zip(*(part.split(pack.lengths, dim=2) for part in states), strict=True)
         outputs = [attend(self, *image, **settings) for image in images]
         seen = torch.cat([out for out, _ in outputs], dim=1)  # (1, L, heads, d)
         maps = tuple(weights for _, weights in outputs if weights is not None)
-        return self.out_proj(seen.flatten(2).squeeze(0)), maps or None
+        return self.out_proj(seen.flatten(2)), maps or None
 
 
 class ViTUHDMLP(nn.Module):
@@ -144,10 +145,10 @@ class ViTUHDMLP(nn.Module):
 
 
 class AverageMerger(nn.Module):
-    """The mean of every window (M, 4, C): (M, C)."""
+    """The mean of every window (1, M, 4, C): (1, M, C)."""
 
     def forward(self, windows: Tensor) -> Tensor:
-        return windows.mean(1)
+        return windows.mean(-2)
 
 
 class WindowScores(nn.Linear):
@@ -155,7 +156,7 @@ class WindowScores(nn.Linear):
 
 
 class AdaptiveMerger(nn.Module):
-    """A weighted mean of every window (M, 4, C): (M, C).
+    """A weighted mean of every window (1, M, 4, C): (1, M, C).
 
     The weight of a token in a channel is a softmax over the four of scores that an MLP gives to the token beside the
     mean of its window.
@@ -167,9 +168,9 @@ class AdaptiveMerger(nn.Module):
         self.score = WindowScores(width, width, bias=False)
 
     def forward(self, windows: Tensor) -> Tensor:
-        mean = windows.mean(1, keepdim=True).expand_as(windows)
+        mean = windows.mean(-2, keepdim=True).expand_as(windows)
         scores = self.score(nn.functional.gelu(self.hidden(torch.cat([windows, mean], dim=-1))))
-        return (windows * scores.softmax(1, dtype=torch.float32)).sum(1).to(windows.dtype)
+        return (windows * scores.softmax(-2, dtype=torch.float32)).sum(-2).to(windows.dtype)
 
 
 class ViTUHDLayer(GradientCheckpointingLayer):
@@ -186,10 +187,10 @@ class ViTUHDLayer(GradientCheckpointingLayer):
             self.merger = AverageMerger() if config.merger == "average" else AdaptiveMerger(config.hidden_size)
 
     def forward(self, hidden_states: Tensor, pack: Pack, windows: Tensor | None) -> Tensor:
-        """New states (L, C), or (M, C) of the ``windows`` (M, 4) where there is a merger."""
+        """New states (1, L, C), or (1, M, C) of the ``windows`` (M, 4) where there is a merger."""
         hidden_states = hidden_states + self.self_attn(self.layer_norm1(hidden_states), pack)[0]
         hidden_states = hidden_states + self.mlp(self.layer_norm2(hidden_states))
-        return hidden_states if self.merger is None else self.merger(hidden_states[windows])
+        return hidden_states if self.merger is None else self.merger(hidden_states[:, windows])
 
 
 class ViTUHDModel(PreTrainedModel):
@@ -251,21 +252,26 @@ class ViTUHDModel(PreTrainedModel):
 
         return converted(tower, patch_size=patch_size, merger_layers=merger_layers, merger=merger)
 
-    @capture_outputs(tie_last_hidden_states=False)
+    @property
+    def patch_size(self) -> int:
+        """Side in pixels of the square that becomes one token, which is what hosts divide the size of an image by."""
+        return self.config.token_size
+
+    @capture_outputs
     def forward(
-        self, pixel_values: Tensor, image_grid_hw: Tensor | Sequence[Sequence[int]], **kwargs: Any
+        self, pixel_values: Tensor, image_sizes: Tensor | Sequence[Sequence[int]], **kwargs: Any
     ) -> ViTUHDOutput:
         """The tokens of a pack of images.
 
         Args:
             pixel_values: (L, 3, p, p), the patches of image after image, each row-major.
-            image_grid_hw: (H, W) of every image, as pairs of integers or (B, 2). Attention and shapes need them on the
-                host: a list or a CPU tensor costs nothing, a tensor on the device is read once, here.
+            image_sizes: Height and width of every image in pixels, as pairs of integers or (B, 2). Attention and shapes
+                need them on the host: a list or a CPU tensor costs nothing, a tensor on the device is read once, here.
 
         Raises:
-            ValueError: a grid that the mergers do not divide, or patches of another size or number.
+            ValueError: a size that patches and mergers do not divide, or patches of another size or number.
         """
-        grids = _checked_grids(image_grid_hw, self.config.merge_size)
+        grids = _checked_grids(image_sizes, self.config)
         side, length = self.config.patch_size, sum(height * width for height, width in grids)
         if pixel_values.shape != (length, 3, side, side):
             raise ValueError(
@@ -273,7 +279,7 @@ class ViTUHDModel(PreTrainedModel):
                 f"pixels, got {tuple(pixel_values.shape)}; give what the image processor of this tower returns"
             )
         # The table keeps the model's dtype where the linear layers are quantised.
-        hidden_states = self.patch_embedding(pixel_values.flatten(1).to(self.position_embedding.dtype))
+        hidden_states = self.patch_embedding(pixel_values.flatten(1).to(self.position_embedding.dtype))[None]
         positions = positions_on(self.position_embedding, grids)
         hidden_states = self.pre_layernorm(hidden_states + positions.to(hidden_states.dtype))
         step, pack = 1, self._pack(grids, 1, hidden_states.device)
@@ -298,15 +304,16 @@ class ViTUHDModel(PreTrainedModel):
         return Pack(lengths, bounds, (angles.cos(), angles.sin()))
 
 
-def _checked_grids(given: Tensor | Sequence[Sequence[int]], merge_size: int) -> list[Grid]:
-    pairs = given.tolist() if isinstance(given, Tensor) else given
-    grids = [(int(height), int(width)) for height, width in pairs]
-    if not grids:
-        raise ValueError("image_grid_hw is empty; a pack needs at least one image")
-    for height, width in grids:
-        if min(height, width) < 1 or height % merge_size or width % merge_size:
+def _checked_grids(sizes: Tensor | Sequence[Sequence[int]], config: ViTUHDConfig) -> list[Grid]:
+    """Rows and columns of patches of images of ``sizes`` in pixels."""
+    pairs = sizes.tolist() if isinstance(sizes, Tensor) else sizes
+    if not pairs:
+        raise ValueError("image_sizes is empty; a pack needs at least one image")
+    unit = config.token_size
+    for height, width in pairs:
+        if min(height, width) < 1 or height % unit or width % unit:
             raise ValueError(
-                f"rows and columns of patches must be multiples of {merge_size}, 2 for each merger, got {height} x "
-                f"{width}; resize the picture first, as the image processor does"
+                f"height and width must be multiples of {unit} pixels ({config.patch_size} for a patch, 2 for each "
+                f"merger), got {height} x {width}; resize the picture first, as the image processor does"
             )
-    return grids
+    return [(int(height) // config.patch_size, int(width) // config.patch_size) for height, width in pairs]
