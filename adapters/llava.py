@@ -36,11 +36,11 @@ class LlavaAdapter(Adapter):
         return PACKED if config.vision_config.model_type == PACKING_TOWER else self
 
     def facts(self, config: PreTrainedConfig) -> TowerFacts:
-        vision = config.vision_config
+        vision, cls = config.vision_config, has_cls(config)
         height, width = tile_grid(config)
         return TowerFacts(
             depth=vision.num_hidden_layers,
-            has_cls=has_cls(config),
+            has_cls=cls,
             object_layer=max(0, round(OBJECT_DEPTH * vision.num_hidden_layers) - 1),
             deep_layer=max(-2, -vision.num_hidden_layers),
             width=vision.hidden_size * len(feature_layers(config, {})),
