@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -123,10 +124,14 @@ def overhead(
 
     if contrast and tower:
         raise typer.BadParameter("--contrast and --tower are two measurements; give one of them")
-    settings = {name: value for name, value in (("layers", layers), ("device", device)) if value is not None}
+    settings: dict[str, Any] = {
+        name: value for name, value in (("layers", layers), ("device", device)) if value is not None
+    }
     if settings and not tower:
         raise typer.BadParameter(f"--{next(iter(settings))} is a setting of --tower")
     if device is not None:
         check_device(device)
-    measured = contrast_cost.measure if contrast else tower_cost.measure if tower else costs.measure
+    measured: Callable[..., dict[str, Any]] = costs.measure
+    if contrast or tower:
+        measured = contrast_cost.measure if contrast else tower_cost.measure
     costs.run(partial(measured, **settings), repeats, out, overwrite)
