@@ -4,11 +4,12 @@
 
 Both towers have their true width and depth and stand in the same model around the same language model; weights are
 random on purpose. MoonViT has patches of 14 pixels and no merger on the way: 2 x 2 of its tokens become one behind its
-last layer, which gives the language model as many as in the paper (arXiv 2511.21150: 1,337 of a picture of 1024 x 1024,
-against 655). The language model is measured with a few of its layers, which are alike; what all of them would take is
-reckoned as that many times as much. Both models take turns in one process, and a ratio is formed of neighbours.
+last layer, as the paper's numbers of tokens imply (arXiv 2511.21150: 1,337 of a picture of 1024 x 1024, against 655;
+here 1,369 and 676, as image processors round sides to whole tokens). The language model is measured with a few of its
+layers, which are alike; prefill through all of them is reckoned as that many times as long. Both models take turns in
+one process, and a ratio is formed of neighbours.
 
-That attention does not cross images shows in packs: encoding several small pictures at once, over one of them.
+Encoding a pack of pictures, over one of them, shows that attention does not cross images.
 """
 
 from __future__ import annotations
