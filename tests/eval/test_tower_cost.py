@@ -86,7 +86,7 @@ def test_the_other_model_differs_in_its_tower_only(model_and_inputs):
 
 
 @torch.inference_mode()
-def test_steps_are_all_that_the_stock_model_does(model_and_inputs):
+def test_steps_are_all_that_the_stock_model_does(model_and_inputs, result):
     model, inputs_of = model_and_inputs
     inputs = inputs_of(1)
     with counting_flops() as clock:
@@ -101,6 +101,8 @@ def test_steps_are_all_that_the_stock_model_does(model_and_inputs):
         model(**inputs, logits_to_keep=1)
         assert clock.between(start, clock.read()) == encode + prefill
     assert min(encode, prefill) > 0
+    counted = next(row for row in result["rows"] if row["name"] == "FLOPs of encoding")
+    assert (counted["ours"], counted["unit"]) == (encode / 1e12, "T")
 
 
 @torch.inference_mode()
