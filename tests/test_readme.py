@@ -34,11 +34,15 @@ def demo_rows():
         yield f"| {row['name']} | {row['tokens']} | {' | '.join(times)} | {row['right']} of {result['settings']['n']} |"
 
 
-def overhead_rows():
-    for row in read(RESULTS / "overhead.json")["rows"]:
+def overhead_rows(name="overhead"):
+    for row in read(RESULTS / f"{name}.json")["rows"]:
         ratio, target = row["ratio"], row["target"]
         spread = f"{ratio['min']:.3f} to {ratio['max']:.3f}" if ratio["pairs"] > 1 else ""
         yield f"| {row['name']} | {row['case']} | {ratio['median']:.3f} | {spread} | {target or ''} |"
+
+
+def contrast_rows():
+    return overhead_rows("contrast_cost")
 
 
 def tower_rows():
@@ -120,7 +124,7 @@ def family_rows():
 @pytest.mark.parametrize(
     "rows",
     [
-        *(demo_rows, overhead_rows, tower_rows, bench_rows, score_rows, sweep_rows, family_rows),
+        *(demo_rows, overhead_rows, contrast_rows, tower_rows, bench_rows, score_rows, sweep_rows, family_rows),
         *(projector_rows, study_rows, study_family_rows),
     ],
 )
