@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import interpolate
 
 from mllm_vision.host import Adapter, Encoded, Layout, seeded_noise
@@ -20,6 +20,7 @@ OBJECT_DEPTH = 9 / 24
 """Share of the tower's depth at which attention is on objects: the 9th of CLIP-L's 24 layers (HiPrune, section 3)."""
 
 TOWERS_HAVE_CLS = {"clip_vision_model": True, "siglip_vision_model": False}
+CLS_GOES_THROUGH = "the CLS token goes through it, too; set vision_feature_select_strategy to 'default'"
 PACKING_TOWER = "vit_uhd"
 """Sees images of any size as one pack of patches (L, 3, p, p); the others see tiles of one size (B, 3, H, W)."""
 
@@ -29,29 +30,28 @@ class LlavaAdapter(Adapter):
     config_name = "LlavaConfig"
     model_name = "LlavaForConditionalGeneration"
     image_inputs = ("pixel_values", "image_sizes", "vision_feature_layer", "vision_feature_select_strategy")
+    projector_name = "model.multi_modal_projector"
 
     def on_tower(self, config: PreTrainedConfig) -> Adapter:
         return PACKED if config.vision_config.model_type == PACKING_TOWER else self
 
     def facts(self, config: PreTrainedConfig) -> TowerFacts:
-        vision = config.vision_config
+        vision, cls = config.vision_config, has_cls(config)
         height, width = tile_grid(config)
         return TowerFacts(
             depth=vision.num_hidden_layers,
-            has_cls=has_cls(config),
+            has_cls=cls,
             object_layer=max(0, round(OBJECT_DEPTH * vision.num_hidden_layers) - 1),
             deep_layer=max(-2, -vision.num_hidden_layers),
             width=vision.hidden_size * len(feature_layers(config, {})),
             out=config.text_config.hidden_size,
             grid=(height, width),
             image_tokens=height * width,
+            fixed_projector=CLS_GOES_THROUGH if keeps_cls(config, {}) else None,
         )
 
     def tower(self, model: PreTrainedModel) -> PreTrainedModel:
         return model.model.vision_tower
-
-    def projector(self, model: PreTrainedModel) -> nn.Module:
-        return model.model.multi_modal_projector
 
     def layouts(self, model: PreTrainedModel, images: dict[str, Any]) -> list[Layout]:
         height, width = tile_grid(model.config)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mllm_vision.adapters.llava import LlavaAdapter, feature_layers, keeps_cls, patch_maps, resize_tiles, tile_grid
-from mllm_vision.host import Adapter, Encoded, Layout, images_by_grid, seeded_noise
+from mllm_vision.host import Adapter, Encoded, Layout, NoProjector, images_by_grid, seeded_noise
 from mllm_vision.operations import TowerFacts
 
 if TYPE_CHECKING:
@@ -49,7 +49,8 @@ class LlavaNextAdapter(LlavaAdapter):
         layouts: Sequence[Layout],
         grids: Sequence[tuple[int, int]],
     ) -> list[Encoded]:
-        if list(grids) == [layout.grid for layout in layouts]:
+        packs = not isinstance(self.projector(model), NoProjector)  # newline tokens are as wide as projected ones
+        if packs and list(grids) == [layout.grid for layout in layouts]:
             seen = model.model.get_image_features(return_dict=True, **images)
             maps = patch_maps(seen.hidden_states, layouts[0].grid, model.config, images)
             by_image = zip(seen.pooler_output, layouts, maps.split([layout.tiles for layout in layouts]), strict=True)
@@ -66,7 +67,7 @@ class LlavaNextAdapter(LlavaAdapter):
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Tower and projector over tiles of any grid, (T_i, H_i * W_i, D) each, and the maps between the two, C wide.
 
-        The stock method packs full grids only.
+        The stock method packs full grids only, and needs a projector of its own.
         """
         core, config = model.model, model.config
         pixels, counts = images["pixel_values"], tile_counts(config, images)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import interpolate
 from transformers.vision_utils import get_vision_window_index
 
@@ -27,6 +27,7 @@ class Qwen25VLAdapter(Adapter):
     config_name = "Qwen2_5_VLConfig"
     model_name = "Qwen2_5_VLForConditionalGeneration"
     image_inputs = ("pixel_values", "image_grid_thw")
+    projector_name = "model.visual.merger"
     keeps_positions = True
 
     def load_processor(self, source: str | Path, **hub: Any) -> ProcessorMixin:
@@ -54,13 +55,11 @@ class Qwen25VLAdapter(Adapter):
             deep_layer=-1,
             width=config.vision_config.out_hidden_size,
             out=config.text_config.hidden_size,
+            fixed_projector="it is a part of the tower, a patch merger already",
         )
 
     def tower(self, model: PreTrainedModel) -> PreTrainedModel:
         return model.model.visual
-
-    def projector(self, model: PreTrainedModel) -> nn.Module:
-        return model.model.visual.merger
 
     def layouts(self, model: PreTrainedModel, images: dict[str, Any]) -> list[Layout]:
         merge = model.config.vision_config.spatial_merge_size

@@ -81,6 +81,9 @@ def remove(model: Model) -> Model:
 
     Returns:
         `model` itself.
+
+    Raises:
+        ValueError: the model was loaded from a checkpoint that has no projector but that of a method; it is unchanged.
     """
     host = find_host(model)
     if isinstance(host, SlottedModel):

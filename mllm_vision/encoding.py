@@ -16,6 +16,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 from transformers import PreTrainedModel
 
 from mllm_vision.host import Encoded, Layout, adapter_for, images_by_grid
+from mllm_vision.operations import Projection
 from mllm_vision.slots import Slots, compute_device
 from mllm_vision.tap import listen
 from mllm_vision.tokens import Evidence, VisualTokens
@@ -122,8 +123,14 @@ def see_images(
     asked = list(dict.fromkeys([*slots.requests, *requests]))
     with listen(adapter.tower(model), asked) as recording:
         encoded = adapter.encode(model, images, layouts, grids)
-    added = _added(slots, encoded, grids)
     evidence = {request: adapter.by_patch(model, recording[request], images, grids) for request in asked}
+    seen_on = grids
+    if slots.projection is not None:
+        encoded, grids = _projected(slots.projection, encoded, seen_on), [slots.projection.grid(g) for g in seen_on]
+        for request, maps in evidence.items():
+            on = zip(maps, layouts, seen_on, grids, strict=True)
+            evidence[request] = [on_grid(m.view(x.tiles, -1, 1), old, new).flatten() for m, x, old, new in on]
+    added = _added(slots, encoded, seen_on)
 
     places = [layout.place_on(grid) for layout, grid in zip(layouts, grids, strict=True)]
     members: dict[tuple[Any, ...], list[int]] = {}
@@ -154,6 +161,20 @@ def _on_patches(features: Sequence[Tensor], place: Tensor, grid: tuple[int, int]
     index = patch.expand(len(features), -1)
     tiles = len(place) // (grid[0] * grid[1])
     return VisualTokens(torch.stack([f[patch] for f in features]), index, torch.ones_like(index), grid, tiles)
+
+
+def _projected(projection: Projection, encoded: Sequence[Encoded], grids: Sequence[tuple[int, int]]) -> list[Encoded]:
+    """Every image with the tokens that ``projection`` makes of its maps; images of one grid go through together."""
+    device, dtype = compute_device(projection), next(projection.parameters()).dtype
+    projected: dict[int, Tensor] = {}
+    for grid, members in images_by_grid(grids).items():
+        tokens = projection(torch.cat([encoded[i].maps for i in members]).to(device, dtype), grid)
+        projected |= zip(members, tokens.split([len(encoded[i].maps) for i in members]), strict=True)
+    out = []
+    for i, image in enumerate(encoded):
+        tokens = projected[i].flatten(0, 1).to(image.maps)
+        out.append(replace(image, on_patches=tokens, others=image.others if len(image.others) else tokens[:0]))
+    return out
 
 
 def _added(slots: Slots, encoded: Sequence[Encoded], grids: Sequence[tuple[int, int]]) -> list[Tensor]:

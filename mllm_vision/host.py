@@ -65,6 +65,7 @@ class Encoded:
 
     Args:
         on_patches: (P, D), by patch of the grid that was encoded; rows of patches that the host leaves out are unused.
+            (P, C) where a method is the projector.
         others: (F, D), the tokens that stand on no patch, in the order of their placeholders.
         maps: (T, H * W, C), what the projector made them of, by tile, without CLS.
     """
@@ -74,6 +75,32 @@ class Encoded:
     maps: Tensor
 
 
+class NoProjector(nn.Identity):
+    """Stands where the host's projector stood as long as a method takes its place, and holds it, weights and all.
+
+    Args:
+        held: The projector; kept out of the tree of modules, so that no checkpoint has its weights.
+    """
+
+    def __init__(self, held: nn.Module):
+        super().__init__()
+        self._held = (held,)
+
+    def take_back(self, like: Tensor) -> nn.Module:
+        """The projector, on the device and in the dtype that its neighbour ``like`` has by now.
+
+        Raises:
+            ValueError: it never had weights, because the model was loaded from a checkpoint without it.
+        """
+        (held,) = self._held
+        if any(parameter.is_meta for parameter in held.parameters()):
+            raise ValueError(
+                "the checkpoint has no projector of the stock host, so that the one in its place cannot be taken out; "
+                "put another in its place"
+            )
+        return held.to(like.device, like.dtype)
+
+
 class Adapter(ABC):
     """Everything that is particular to one host family. Stateless; every method takes the model it speaks of.
 
@@ -81,6 +108,7 @@ class Adapter(ABC):
         model_type: The stock model type.
         config_name, model_name: The stock classes, by their names in transformers.
         image_inputs: Names of the inputs that describe images, the pixels first.
+        projector_name: The submodule that brings the tower's tokens to the width of the language model.
         keeps_positions: Whether kept tokens retain their positions; where not, positions close up.
     """
 
@@ -88,6 +116,7 @@ class Adapter(ABC):
     config_name: str
     model_name: str
     image_inputs: tuple[str, ...]
+    projector_name: str
     keeps_positions: bool = False
 
     def on_tower(self, config: PreTrainedConfig) -> Adapter:
@@ -121,9 +150,9 @@ class Adapter(ABC):
     def tower(self, model: PreTrainedModel) -> PreTrainedModel:
         """The vision tower."""
 
-    @abstractmethod
     def projector(self, model: PreTrainedModel) -> nn.Module:
-        """What brings the tower's tokens to the width of the language model."""
+        """What brings the tower's tokens to the width of the language model, or `NoProjector` in its place."""
+        return model.get_submodule(self.projector_name)
 
     @abstractmethod
     def layouts(self, model: PreTrainedModel, images: dict[str, Any]) -> list[Layout]:

@@ -1,4 +1,4 @@
-"""What a method is to the host: an operation on visual tokens or on the image, tokens added to those, or a contrast.
+"""What a method is to the host: an operation on visual tokens or the image, a projector, added tokens, a contrast.
 
 Shapes: B images, N visual tokens, T tiles of S added tokens, C channels of the tower, D of the language model.
 """
@@ -32,6 +32,7 @@ class TowerFacts:
         out: D.
         grid: (H, W) of every tile, or None where that depends on the image.
         image_tokens: Visual tokens of every image, or None where that depends on the image.
+        fixed_projector: Why no other projector can take the place of the host's own; None where one can.
     """
 
     depth: int
@@ -42,6 +43,7 @@ class TowerFacts:
     out: int
     grid: tuple[int, int] | None = None
     image_tokens: int | None = None
+    fixed_projector: str | None = None
 
     def layer(self, asked: int | None, default: int) -> int:
         """Index of the attention map ``asked`` for, negative counting from the end; ``default`` for None.
@@ -76,6 +78,18 @@ class ImageOperation(nn.Module, ABC):
     @abstractmethod
     def forward(self, grid: tuple[int, int], tiles: int) -> tuple[int, int]:
         """The (h, w) grid that the tower shall see instead of the (H, W) grid of each of an image's tiles."""
+
+
+class Projection(nn.Module, ABC):
+    """A projector in place of the host's own: what the tower makes of a tile to tokens for the language model."""
+
+    @abstractmethod
+    def grid(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """The (h, w) grid of the tokens that it makes of (H, W) patches."""
+
+    @abstractmethod
+    def forward(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Row-major patches of T tiles, (T, H * W, C), to row-major tokens (T, h * w, D)."""
 
 
 class AddedTokens(nn.Module, ABC):
@@ -122,8 +136,23 @@ class PluggedConfig(MethodConfig, ABC):
         return
 
     @abstractmethod
-    def build(self, tower: TowerFacts) -> TokenOperation | ImageOperation | AddedTokens | Contrast:
+    def build(self, tower: TowerFacts) -> TokenOperation | ImageOperation | Projection | AddedTokens | Contrast:
         """What does the work, for a tower that `check` accepted."""
+
+
+@dataclass(kw_only=True)
+class ProjectionConfig(PluggedConfig, kind="projector"):
+    """A projector in place of the host's own."""
+
+    needs_weights = True
+
+    def check(self, tower: TowerFacts) -> None:
+        if tower.fixed_projector is not None:
+            raise ValueError(f"{self.type} cannot take the place of the host's projector: {tower.fixed_projector}")
+
+    @abstractmethod
+    def build(self, tower: TowerFacts) -> Projection:
+        """The projector, for a tower that `check` accepted."""
 
 
 @dataclass(kw_only=True)

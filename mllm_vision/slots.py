@@ -12,7 +12,16 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mllm_vision.host import adapter_for
-from mllm_vision.operations import AddedTokens, Contrast, ImageOperation, PluggedConfig, TokenOperation, TowerFacts
+from mllm_vision.operations import (
+    AddedTokens,
+    Contrast,
+    ImageOperation,
+    PluggedConfig,
+    Projection,
+    ProjectionConfig,
+    TokenOperation,
+    TowerFacts,
+)
 from mllm_vision.registry import MethodConfig
 from mllm_vision.tokens import Evidence
 
@@ -22,6 +31,7 @@ CONFIG_VERSION = 1
 """Version of what `config.json` stores under ``mllm_vision``."""
 
 _PLACES: dict[str, type[nn.Module]] = {
+    "projection": Projection,
     "projector": AddedTokens,
     "resize": ImageOperation,
     "operations": TokenOperation,
@@ -29,7 +39,12 @@ _PLACES: dict[str, type[nn.Module]] = {
 }
 """The attribute of `Slots` that holds modules of each type."""
 
-_SINGLE = {"projector": "add tokens", "resize": "resize the image", "decoding": "say how to decode"}
+_SINGLE = {
+    "projection": "be the projector",
+    "projector": "add tokens",
+    "resize": "resize the image",
+    "decoding": "say how to decode",
+}
 
 
 class Slots(nn.Module):
@@ -41,6 +56,7 @@ class Slots(nn.Module):
         keep: Slots whose modules, with their weights, are used again for the methods that they hold already.
 
     Attributes:
+        projection: What takes the place of the host's projector, if anything does.
         projector: What adds tokens, if anything does.
         resize: What makes the image smaller, if anything does.
         operations: What the tokens go through.
@@ -55,6 +71,7 @@ class Slots(nn.Module):
         super().__init__()
         self.methods = [copy.copy(method) for method in methods]  # whoever changes his config changes no built module
         self.places: list[str] = []
+        self.projection: Projection | None = None
         self.projector: AddedTokens | None = None
         self.resize: ImageOperation | None = None
         self.operations = nn.ModuleList()
@@ -87,10 +104,12 @@ class Slots(nn.Module):
     def match(self, model: PreTrainedModel, keep: Slots | None) -> None:
         """Bring new weights, which ``keep`` does not hold, to the model's dtype and its projector's device."""
         held = set() if keep is None else set(keep.modules())
+        projector = None if keep is None else keep.projection
+        device = compute_device(adapter_for(model.config).projector(model) if projector is None else projector)
         for method, place in zip(self.methods, self.places, strict=True):
             module = self.get_submodule(place)
             if method.needs_weights and module not in held:
-                module.to(compute_device(adapter_for(model.config).projector(model)), model.dtype)
+                module.to(device, model.dtype)
                 log.warning(
                     "%s starts from %.3g million untrained weights: train vision_slots.%s before you trust an answer",
                     method.type,
@@ -114,7 +133,7 @@ class Slots(nn.Module):
     @property
     def undivided(self) -> set[str]:
         """Names of the classes whose layers compute together, so that a device map must not part them."""
-        return set() if self.projector is None else {type(self.projector).__name__}
+        return {type(module).__name__ for module in (self.projection, self.projector) if module is not None}
 
     @property
     def requests(self) -> list[Evidence]:
@@ -143,8 +162,12 @@ def compute_device(module: nn.Module) -> torch.device:
 
 def replacing(held: Iterable[MethodConfig], methods: Sequence[MethodConfig]) -> list[MethodConfig]:
     """``methods`` in place of those that are ``held``; of these, what has weights stays unless its kind is replaced."""
-    kinds = {method.kind for method in methods if isinstance(method, MethodConfig)}
-    return [method for method in held if method.needs_weights and method.kind not in kinds] + list(methods)
+
+    def kind(method: MethodConfig) -> tuple[str, bool]:
+        return method.kind, isinstance(method, ProjectionConfig)  # the projector, or tokens beside those it makes
+
+    kinds = {kind(method) for method in methods if isinstance(method, MethodConfig)}
+    return [method for method in held if method.needs_weights and kind(method) not in kinds] + list(methods)
 
 
 def stored(methods: Iterable[MethodConfig]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from mllm_vision.auto import slotted_config
 from mllm_vision.contrast import OneCall, require_sampling_loop, say_decoded_plainly, with_contrast
 from mllm_vision.encoding import encode_images
 from mllm_vision.fitting import fit_prompt, fittable_images
-from mllm_vision.host import Adapter, adapter_for, adapters
+from mllm_vision.host import Adapter, NoProjector, adapter_for, adapters
 from mllm_vision.slots import Slots, restored
 
 CONTRAST = "contrast"
@@ -57,7 +57,18 @@ class SlottedModel(PreTrainedModel, GenerationMixin):
         self.plug(Slots(restored(config.mllm_vision), config))
 
     def plug(self, slots: Slots) -> None:
-        """Hold ``slots`` in place of those held so far."""
+        """Hold ``slots`` in place of those held so far, and a method's projector in place of the host's own.
+
+        Raises:
+            ValueError: the host's own is asked for, and the checkpoint had none; nothing is changed then.
+        """
+        adapter = adapter_for(self.config)
+        projector = adapter.projector(self)
+        if slots.projection is not None and not isinstance(projector, NoProjector):
+            self.set_submodule(adapter.projector_name, NoProjector(projector))
+        elif slots.projection is None and isinstance(projector, NoProjector):
+            like = next(self.get_input_embeddings().parameters())
+            self.set_submodule(adapter.projector_name, projector.take_back(like))
         if (held := getattr(self, "vision_slots", None)) is not None:
             self._no_split_modules -= held.undivided
         self.vision_slots = slots
