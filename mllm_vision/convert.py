@@ -21,8 +21,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mllm_vision.auto import slotted_config
+from mllm_vision.host import adapter_for
 from mllm_vision.original import account, read_original
-from mllm_vision.registry import package_modules
+from mllm_vision.registry import MethodConfig, package_modules
+from mllm_vision.slots import stored
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedConfig, ProcessorMixin
@@ -110,6 +113,12 @@ def with_rows(weight: Tensor, rows: int) -> Tensor:
         return weight
     mean = weight.mean(dim=0, dtype=torch.float32).to(weight.dtype)
     return torch.cat([weight, mean.expand(rows - len(weight), -1)])
+
+
+def plugged(config: PreTrainedConfig, method: MethodConfig) -> PreTrainedConfig:
+    """The config of the same model with a method plugged in."""
+    slotted = slotted_config(adapter_for(config))
+    return slotted.from_dict(config.to_dict() | {"model_type": slotted.model_type, "mllm_vision": stored([method])})
 
 
 def fitted(found: Conversion, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:

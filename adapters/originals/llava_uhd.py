@@ -1,10 +1,11 @@
-"""Checkpoints of LLaVA-UHD v3 as its training writes them: a ViT-UHD, an MLP, Qwen2 or Qwen3; or the tower by itself.
+"""Checkpoints of LLaVA-UHD v3 as its training writes them: a ViT-UHD, an MLP or a patch merger, Qwen2 or Qwen3.
 
 Code: github.com/thunlp/LLaVA-UHD @ 13981b5 (Apache-2.0), llava/train/train.py and llava/model.
 
-The language model is ``model.*``, the projector ``model.mm_projector.*``, the tower is behind
-``model.vision_tower.vision_tower.``; by itself it may have that prefix, ``vision_tower.vision_tower.`` or none. How many
-heads it has is written in its own `config.json` only: where that is not at hand, they are 16, as in MoonViT.
+The language model is ``model.*``, the projector ``model.mm_projector.*``, the tower is in
+``model.vision_tower.vision_tower.*``; by itself it makes a checkpoint, too, with names that begin so, or with
+``vision_tower.vision_tower.``, or bare. How many heads it has is written in its own `config.json` only: where that is
+not at hand, they are 16, as in MoonViT.
 
 Differs: trained mergers stay as they are, while the authors' way to load a tower sets all weights of mergers to zero.
 The vocabulary gains <image>, and rows up to a multiple of 64 where there is no room for it.
@@ -29,8 +30,9 @@ from mllm_vision.adapters.originals.llava import (
     read_tokenizer,
     refuse,
 )
-from mllm_vision.convert import Conversion
+from mllm_vision.convert import Conversion, plugged
 from mllm_vision.original import Original, checkpoint_folder, read_json
+from mllm_vision.projectors import patch_merger
 from mllm_vision.towers import ViTUHDConfig, ViTUHDImageProcessor, ViTUHDProcessor
 from mllm_vision.towers.vit_uhd.authors import PREFIX, AuthorsTower, from_authors
 
@@ -39,7 +41,15 @@ TOWER_TYPE = "moonvit"
 TOWER = f"model.{PREFIX}"
 OF_TOWERS = (TOWER, PREFIX, "patch_embed.", "encoder.")
 OURS = "model.vision_tower."
-PROJECTORS = {"mlp": {"model.mm_projector.proj.0.": FIRST, "model.mm_projector.proj.2.": SECOND}}
+PROJECTOR = "model.mm_projector."
+PROJECTORS = ("mlp", "merger")
+SLOT = "vision_slots.projection."
+NAMES = {
+    OURS: OURS,
+    f"{PROJECTOR}proj.0.": FIRST,
+    f"{PROJECTOR}proj.2.": SECOND,
+    "model.": "model.language_model.",
+}
 MERGERS = {"average": "avg_pooling", "adaptive": "m_pooling"}
 HEADS = 16
 MODE = "uhd_v2_5"
@@ -65,7 +75,7 @@ def convert(original: Original, tower: str | None) -> Conversion:
     settings = tower_settings(theirs, tower)
     if theirs.get("model_type") != TOWER_TYPE and not all(key.startswith(OF_TOWERS) for key in weights):
         return whole(original, settings)
-    vision = read_tower(weights, settings)
+    vision = read_tower(beginning(weights, ""), settings)
     vision.config.dtype = vision.weights["position_embedding"].dtype
     images = ViTUHDImageProcessor.for_tower(vision.config)
     return Conversion(vision.config, images, vision.weights, {}, described(vision.config))
@@ -81,7 +91,7 @@ def whole(original: Original, settings: dict[str, Any]) -> Conversion:
     tokenizer = read_tokenizer(original.tokenizer)
     # The authors' class sets rope_scaling to None before it makes a layer.
     text, matrices = language_model(text_type, theirs | {"rope_scaling": None}, weights, tokenizer)
-    vision = read_tower({key: weight for key, weight in weights.items() if key.startswith(TOWER)}, settings)
+    vision = read_tower(beginning(weights, TOWER), settings)
     config = LlavaConfig(
         vision_config=vision.config,
         text_config=text,
@@ -94,14 +104,16 @@ def whole(original: Original, settings: dict[str, Any]) -> Conversion:
     if IMAGE not in template:  # none, or that of the language model, which cannot show an image
         template = TEMPLATES[text_type]
     processor = ViTUHDProcessor(ViTUHDImageProcessor.for_tower(vision.config), tokenizer, chat_template=template)
-    rest = {key: weight for key, weight in weights.items() if not key.startswith(TOWER)}
-    return Conversion(
-        config,
-        processor,
-        rest | matrices | {OURS + name: weight for name, weight in vision.weights.items()},
-        {OURS: OURS} | PROJECTORS[kind] | {"model.": "model.language_model."},
-        f"{config.model_type}, {kind} projector; {described(vision.config)}",
-    )
+    ours = {OURS + name: weight for name, weight in vision.weights.items()}
+    moved = [TOWER]
+    if kind == "merger":
+        merger = patch_merger.from_authors(beginning(weights, PROJECTOR))
+        config = plugged(config, merger.config)
+        ours |= {SLOT + name: weight for name, weight in merger.weights.items()}
+        moved.append(PROJECTOR)
+    rest = {key: weight for key, weight in weights.items() if not key.startswith(tuple(moved))}
+    summary = f"llava, {kind} projector; {described(vision.config)}"
+    return Conversion(config, processor, rest | matrices | ours, NAMES, summary)
 
 
 def check(theirs: dict[str, Any]) -> None:
@@ -131,6 +143,11 @@ def tower_settings(theirs: dict[str, Any], tower: str | None) -> dict[str, Any]:
     return read_json(checkpoint_folder(named, TOWER_REMEDY) / "config.json")
 
 
+def beginning(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The weights whose names begin with ``prefix``, their names without ``model.``."""
+    return {key.removeprefix("model."): weight for key, weight in weights.items() if key.startswith(prefix)}
+
+
 def read_tower(weights: Mapping[str, Tensor], settings: Mapping[str, Any]) -> AuthorsTower:
     """The tower under our names.
 
@@ -141,12 +158,9 @@ def read_tower(weights: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Au
     Raises:
         ValueError: keys are missing or surplus, or weights and settings contradict each other.
     """
-    found = from_authors(
-        {key.removeprefix("model."): weight for key, weight in weights.items()},
-        heads=settings.get("num_attention_heads", HEADS),
-    )
-    held = {"merger_layer_index": list(found.config.merger_layers), "merging_method": MERGERS[found.config.merger]}
-    for name, value in held.items():
+    found = from_authors(weights, heads=settings.get("num_attention_heads", HEADS))
+    layers, method = list(found.config.merger_layers), MERGERS[found.config.merger]
+    for name, value in [("merger_layer_index", layers), *[("merging_method", method)] * bool(layers)]:
         if settings.get(name) not in (None, value):
             raise ValueError(
                 f"the tower's config.json has {name} {settings[name]!r}, but its weights are for {value!r}"

@@ -2,13 +2,14 @@
 
 import json
 import logging
+import re
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from torch.nn.functional import gelu, linear
+from torch.nn.functional import gelu, layer_norm, linear
 from torch.testing import assert_close
 from transformers import (
     AutoImageProcessor,
@@ -28,6 +29,8 @@ import mllm_vision as mv
 from mllm_vision import convert as engine
 from mllm_vision.cli import app
 from mllm_vision.original import Original
+from mllm_vision.projectors import PatchMergerConfig
+from mllm_vision.reducers import RandomConfig
 from mllm_vision.towers import ViTUHDImageProcessor, ViTUHDModel, ViTUHDProcessor
 from tests.authors import GOLDEN, write_weights
 from tests.hosts import picture
@@ -91,17 +94,38 @@ def language_model(kind="qwen2", *, tied=False):
     return made.eval()
 
 
-def projector():
-    generator = torch.Generator().manual_seed(1)
-    sizes = {"0.weight": (48, WIDTH), "0.bias": (48,), "2.weight": (48, 48), "2.bias": (48,)}
-    return {name: torch.randn(size, generator=generator) / size[-1] ** 0.5 for name, size in sizes.items()}
+def projector(kind="mlp", width=WIDTH):
+    """The weights of a projector as the authors name them."""
+    beside = {"proj.0": (48, width), "proj.2": (48, 48)}
+    if kind == "merger":
+        beside = {"nl": (width,), "mlp.0": (4 * width, 4 * width), "mlp.2": (48, 4 * width)}
+    generator, weights = torch.Generator().manual_seed(1), {}
+    for name, size in beside.items():
+        weights[f"{name}.weight"] = torch.randn(size, generator=generator) / size[-1] ** 0.5
+        weights[f"{name}.bias"] = torch.randn(size[0], generator=generator)
+    return weights
 
 
-def weights_of_theirs(language):
+def projected(tokens, grids, kind):
+    """The tokens of each image for the language model, from those of the tower."""
+    weights, seen = projector(kind), []
+    for tile in tokens.split([height * width for height, width in grids]):
+        (height, width), layers = grids[len(seen)], ("proj.0", "proj.2")
+        if kind == "merger":
+            tile = layer_norm(tile, (WIDTH,), weights["nl.weight"], weights["nl.bias"], eps=1e-6)
+            corners = [y * width + x for y in range(0, height, 2) for x in range(0, width, 2)]
+            tile = torch.stack([tile[[c, c + 1, c + width, c + width + 1]].flatten() for c in corners])
+            layers = ("mlp.0", "mlp.2")
+        first, second = ([weights[f"{layer}.{part}"] for part in ("weight", "bias")] for layer in layers)
+        seen.append(linear(gelu(linear(tile, *first)), *second))
+    return seen
+
+
+def weights_of_theirs(language, kind="mlp"):
     weights = dict(language.state_dict())
     if language.config.tie_word_embeddings:
         del weights["lm_head.weight"]
-    weights |= {f"model.mm_projector.proj.{name}": weight for name, weight in projector().items()}
+    weights |= {f"model.mm_projector.{name}": weight for name, weight in projector(kind).items()}
     return weights | {TOWER + name: weight for name, weight in random_weights(mergers=MERGERS).items()}
 
 
@@ -165,7 +189,7 @@ def tower_config(**changes):
 
 def written(folder, language, kind="bin", *, change=lambda weights: None, **changes):
     """A whole checkpoint, and beside it the tower that the training began with."""
-    weights = weights_of_theirs(language)
+    weights = weights_of_theirs(language, changes.get("mm_projector_type", "mlp"))
     change(weights)
     (folder / "tower").mkdir()
     (folder / "tower" / "config.json").write_text(json.dumps(tower_config()))
@@ -189,11 +213,11 @@ def run(*arguments):
     return CliRunner().invoke(app, ["convert", "llava-uhd", *map(str, arguments)])
 
 
-PICTURES = ((1, 40, 60), (2, 80, 20))  # seed, width, height: 2 x 3 and 4 x 1 tokens of 20 pixels
+PICTURES = ((1, 40, 40), (2, 80, 40))  # seed, width, height: 2 x 2 and 2 x 4 tokens of 20 pixels
 PROMPT = "<|im_start|>user\n<image>\nWhat is it?<image> And that?<|im_end|>\n"
 
 
-def embeddings_by_hand(language):
+def embeddings_by_hand(language, kind):
     """What the language model reads for `PROMPT` and `PICTURES`, piece by piece, under the names of the authors."""
     pixels, grids = [], []
     for seed, width, height in PICTURES:
@@ -202,11 +226,10 @@ def embeddings_by_hand(language):
         pixels += [levels[y : y + SIDE, x : x + SIDE].permute(2, 0, 1) for y in rows for x in columns]
         grids.append((len(rows), len(columns)))
     tokens = slow_tower(random_weights(mergers=MERGERS), torch.stack(pixels), grids, MERGERS)
-    mlp = projector()
-    seen = linear(gelu(linear(tokens, mlp["0.weight"], mlp["0.bias"])), mlp["2.weight"], mlp["2.bias"])
+    first, second = projected(tokens, [(rows // 4, columns // 4) for rows, columns in grids], kind)
     embed, of = language.get_input_embeddings(), tokenizer()
     pieces = [embed(torch.tensor(of(text).input_ids)) for text in PROMPT.split("<image>")]
-    return torch.cat([pieces[0], seen[:6], pieces[1], seen[6:], pieces[2]])[None]
+    return torch.cat([pieces[0], first, pieces[1], second, pieces[2]])[None]
 
 
 def asked(processor):
@@ -215,21 +238,39 @@ def asked(processor):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["bin", "safetensors"])
-@pytest.mark.parametrize(("text", "tied"), [("qwen2", False), ("qwen2", True), ("qwen3", False)])
+@pytest.mark.parametrize(
+    ("text", "tied", "kind"), [("qwen2", False, "bin"), ("qwen2", True, "safetensors"), ("qwen3", False, "bin")]
+)
 def test_logits_are_those_of_tower_projector_and_language_model_by_hand(tmp_path, text, tied, kind):
     language = language_model(text, tied=tied)
     model, processor = converted(written(tmp_path, language, kind))
     assert type(model) is LlavaForConditionalGeneration and type(model.model.vision_tower) is ViTUHDModel
     inputs = asked(processor)
-    assert int((inputs["input_ids"] == model.config.image_token_id).sum()) == 10
-    expected = language(inputs_embeds=embeddings_by_hand(language)).logits
+    assert int((inputs["input_ids"] == model.config.image_token_id).sum()) == 12
+    expected = language(inputs_embeds=embeddings_by_hand(language, "mlp")).logits
     logits = model(**inputs).logits
     assert logits.shape == (1, expected.shape[1], ROWS)
     # float32 sums in another order, through six layers: 1e-5 apart when this was written
     assert_close(logits[..., :VOCABULARY], expected, atol=1e-4, rtol=1e-4)
     answer = model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
     assert answer.shape == (1, inputs["input_ids"].shape[1] + 3)
+
+
+@torch.no_grad()
+def test_a_merger_takes_the_place_of_the_projector(tmp_path):
+    language = language_model()
+    model, processor = converted(written(tmp_path, language, mm_projector_type="merger"))
+    assert type(model).__name__ == "SlottedLlavaForConditionalGeneration"
+    assert model.vision_slots.methods == [PatchMergerConfig(size=2)]
+    stored = json.loads((tmp_path / "converted" / "config.json").read_text())
+    assert stored["model_type"] == "mllm_vision_llava" and stored["dtype"] == "float32"
+    inputs = asked(processor)
+    expected = language(inputs_embeds=embeddings_by_hand(language, "merger")).logits
+    assert_close(model(**inputs).logits[..., :VOCABULARY], expected, atol=1e-4, rtol=1e-4)  # as above
+    answer = model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    assert answer.shape == (1, inputs["input_ids"].shape[1] + 3)
+    mv.apply(model, *model.vision_slots.methods, RandomConfig(keep=1))
+    assert model(**inputs).logits.shape[1] == expected.shape[1] - 1
 
 
 def test_every_weight_of_the_tower_is_where_it_belongs(tmp_path, caplog):
@@ -371,8 +412,9 @@ def test_a_template_that_shows_images_is_kept(tmp_path):
 
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "merger"), [("pvc_avg_pooling", "average"), ("pvc_m_pooling_2images", "adaptive")])
-@pytest.mark.parametrize("prefix", ["", "vision_tower.vision_tower.", TOWER])
-@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+@pytest.mark.parametrize(
+    ("prefix", "kind"), [("", "safetensors"), ("vision_tower.vision_tower.", "bin"), (TOWER, "bin")]
+)
 def test_golden_tokens_of_a_tower_by_itself(tmp_path, name, merger, prefix, kind):
     case, weights = (load_file(GOLDEN / name / f"{part}.safetensors") for part in ("case", "weights"))
     method = {"average": "avg_pooling", "adaptive": "m_pooling"}[merger]
@@ -396,7 +438,7 @@ def test_golden_tokens_of_a_tower_by_itself(tmp_path, name, merger, prefix, kind
     assert (images.patch_size, images.merge_size, images.max_pixels) == (10, 4, 1560**2)
 
 
-def test_a_tower_of_mixed_origin_is_named_in_its_own_dtype_and_may_have_no_mergers(tmp_path):
+def test_a_tower_keeps_its_dtype_and_may_have_no_mergers(tmp_path):
     weights = {name: weight.half() for name, weight in random_weights().items()}
     assert "4 heads, no mergers" in run(alone(tmp_path, weights, merger_layer_index=None), tmp_path / "out").stdout
     tower = AutoModel.from_pretrained(tmp_path / "out")
@@ -419,24 +461,44 @@ def test_what_was_converted_can_be_replaced(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("with_config", [True, False])
-def test_heads_are_those_of_the_towers_config_and_else_sixteen(tmp_path, with_config):
-    """Not the heads of the language model, which its own `config.json` tells."""
-    width = {name: weight.repeat(*[2] * 0, 1) for name, weight in ()}
-    assert width == {}
+@torch.no_grad()
+def test_heads_are_sixteen_where_no_config_of_the_tower_is_at_hand(tmp_path):
+    """The `config.json` of a whole checkpoint tells the heads of the language model: 4."""
+    case, weights = (
+        load_file(GOLDEN / "pvc_m_pooling_2images" / f"{part}.safetensors") for part in ("case", "weights")
+    )
+    weights = {TOWER + name: weight for name, weight in weights.items()}
+
+    def change(theirs):
+        for name in [name for name in theirs if name.startswith(TOWER)]:
+            del theirs[name]
+        theirs |= weights | {f"model.mm_projector.{name}": weight for name, weight in projector(width=128).items()}
+
+    source = written(tmp_path, language_model(), change=change, mm_vision_tower="authors/tower-of-theirs")
+    model, _ = converted(source)
+    (tmp_path / "alone").mkdir()
+    config = json.loads((source / "config.json").read_text())
+    engine.convert("llava-uhd", str(write_weights(tmp_path / "alone" / "original", config, weights)), tmp_path / "out")
+    for tower in (model.model.vision_tower, AutoModel.from_pretrained(tmp_path / "out").eval()):
+        out = tower(case["pixel_values"], 10 * case["grid_hws"])
+        assert_close(out.last_hidden_state[0], case["last_hidden_state"], atol=1e-5, rtol=1e-5)  # as above
+    model, _ = converted(source, tower=str(tmp_path / "tower"), overwrite=True)
+    assert model.config.vision_config.num_attention_heads == HEADS
 
 
-def test_every_key_that_is_missing_is_named(tmp_path, monkeypatch):
-    source, weights = written(tmp_path, language_model()), weights_of_theirs(language_model())
+@pytest.mark.parametrize(("kind", "part"), [("mlp", ""), ("merger", "mm_projector")])
+def test_every_key_that_is_missing_is_named(tmp_path, monkeypatch, kind, part):
+    source = written(tmp_path, language_model(), mm_projector_type=kind)
+    weights = weights_of_theirs(language_model(), kind)
     config = json.loads((source / "config.json").read_text())
     for key in weights:
-        if key.endswith(UNREAD):
+        if part not in key or key.endswith(UNREAD) or re.search(r"blocks\.[023]|layers\.0", key):  # one layer of each
             continue
         left = {name: weight for name, weight in weights.items() if name != key}
         monkeypatch.setattr(engine, "read_original", lambda *_, left=left: Original(config, left, source))
         with pytest.raises(ValueError, match=r"missing|has no") as error:
             engine.convert("llava-uhd", "original", tmp_path / "out")
-        assert key.removeprefix(TOWER) in str(error.value)
+        assert key.removeprefix(TOWER).removeprefix("model.") in str(error.value)
         assert not (tmp_path / "out").exists()
 
 
@@ -473,7 +535,7 @@ def test_a_head_that_contradicts_the_config_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mm_projector_type": "resampler"}, "mm_projector_type 'resampler', supported are mlp"),
+        ({"mm_projector_type": "resampler"}, "mm_projector_type 'resampler', supported are mlp, merger"),
         ({"model_type": "llava_llama"}, "model_type 'llava_llama', expected one of llava_qwen, llava_qwen3, moonvit"),
         ({"model_mode": "uhd_v1"}, "model_mode 'uhd_v1', expected 'uhd_v2_5'"),
         ({"mm_use_im_start_end": True}, "marks around an image"),
