@@ -81,16 +81,17 @@ def convert(original: Original, tower: str | None) -> Conversion:
     return Conversion(vision.config, images, vision.weights, {}, described(vision.config))
 
 
-def whole(original: Original, settings: dict[str, Any]) -> Conversion:
-    """The stock model; ``settings`` are what is known of the tower's `config.json`."""
+def whole(original: Original, settings: Mapping[str, Any]) -> Conversion:
+    """The stock model; ``settings`` are what the tower's own `config.json` says, as far as that is known."""
     from transformers import LlavaConfig
 
     theirs, weights = original.config, original.weights
     check(theirs)
     kind, text_type = theirs["mm_projector_type"], TEXT_TYPES[theirs["model_type"]]
     tokenizer = read_tokenizer(original.tokenizer)
-    # The authors' class sets rope_scaling to None before it makes a layer.
-    text, matrices = language_model(text_type, theirs | {"rope_scaling": None}, weights, tokenizer)
+    # The authors' class sets rope_scaling to None before it makes a layer; their training turns the cache off.
+    settled = theirs | {"rope_scaling": None, "use_cache": True}
+    text, matrices = language_model(text_type, settled, weights, tokenizer)
     vision = read_tower(beginning(weights, TOWER), settings)
     config = LlavaConfig(
         vision_config=vision.config,

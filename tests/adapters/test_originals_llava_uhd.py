@@ -316,7 +316,7 @@ def test_the_command_says_what_it_found_and_the_settings_are_theirs(tmp_path):
         f"{parameters:,} parameters in float32: {tmp_path / 'converted'}\n"
     )
     text, plain = model.config.text_config.to_dict(), language_model().config.to_dict()
-    changed = {"vocab_size": ROWS, "pad_token_id": 256, "bos_token_id": 256, "use_cache": False}
+    changed = {"vocab_size": ROWS, "pad_token_id": 256, "bos_token_id": 256, "use_cache": True}
     apart = {"dtype", "architectures", "transformers_version", "_name_or_path"}
     assert {n: v for n, v in text.items() if n not in apart} == {
         n: v for n, v in (plain | changed).items() if n not in apart
