@@ -138,8 +138,8 @@ def tower_settings(theirs: dict[str, Any], tower: str | None) -> dict[str, Any]:
     """The tower's own `config.json`, or nothing where it is not at hand: authors name a folder on their machine."""
     if tower is None and theirs.get("model_type") == TOWER_TYPE:
         return theirs
-    named = tower or theirs.get("mm_vision_tower")
-    if tower is None and (named is None or not Path(named).is_dir()):
+    named = tower or theirs.get("mm_vision_tower") or ""
+    if tower is None and not (named and Path(named).is_dir()):
         return {}
     return read_json(checkpoint_folder(named, TOWER_REMEDY) / "config.json")
 

@@ -484,6 +484,8 @@ def test_heads_are_sixteen_where_no_config_of_the_tower_is_at_hand(tmp_path):
         assert_close(out.last_hidden_state[0], case["last_hidden_state"], atol=1e-5, rtol=1e-5)  # as above
     model, _ = converted(source, tower=str(tmp_path / "tower"), overwrite=True)
     assert model.config.vision_config.num_attention_heads == HEADS
+    with pytest.raises(ValueError, match=r"'no/such-tower' is no folder here.*--tower DIR"):
+        converted(source, tower="no/such-tower", overwrite=True)
 
 
 @pytest.mark.parametrize(("kind", "part"), [("mlp", ""), ("merger", "mm_projector")])
