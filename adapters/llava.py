@@ -118,7 +118,8 @@ class PackedLlavaAdapter(LlavaAdapter):
         if "image_sizes" not in images:
             raise ValueError("image_sizes is missing; pass all that the processor of this model returns")
         side = model.config.vision_config.token_size
-        grids = [(height // side, width // side) for height, width in images["image_sizes"].tolist()]
+        sizes = torch.as_tensor(images["image_sizes"]).tolist()
+        grids = [(height // side, width // side) for height, width in sizes]
         return [Layout((h, w), 1, torch.arange(h * w)) for h, w in grids]
 
     def encode(
@@ -134,7 +135,7 @@ class PackedLlavaAdapter(LlavaAdapter):
             smaller = [tuple(side * vision.merge_size for side in grid) for grid in grids]
             per_image = zip(patches, self._patch_grids(model, layouts), smaller, strict=True)
             options["pixel_values"] = torch.cat([resize_patches(*image) for image in per_image])
-            options["image_sizes"] = images["image_sizes"].new_tensor(smaller) * vision.patch_size
+            options["image_sizes"] = torch.tensor(smaller) * vision.patch_size
         seen = model.model.get_image_features(return_dict=True, **options)
         counts = [h * w for h, w in grids]
         maps = [seen.hidden_states[layer][0].split(counts) for layer in feature_layers(model.config, images)]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 from transformers import PreTrainedModel
 
@@ -164,30 +164,38 @@ def _on_patches(features: Sequence[Tensor], place: Tensor, grid: tuple[int, int]
 
 
 def _projected(projection: Projection, encoded: Sequence[Encoded], grids: Sequence[tuple[int, int]]) -> list[Encoded]:
-    """Every image with the tokens that ``projection`` makes of its maps; images of one grid go through together."""
-    device, dtype = compute_device(projection), next(projection.parameters()).dtype
-    projected: dict[int, Tensor] = {}
-    for grid, members in images_by_grid(grids).items():
-        tokens = projection(torch.cat([encoded[i].maps for i in members]).to(device, dtype), grid)
-        projected |= zip(members, tokens.split([len(encoded[i].maps) for i in members]), strict=True)
-    out = []
-    for i, image in enumerate(encoded):
-        tokens = projected[i].flatten(0, 1).to(image.maps)
-        out.append(replace(image, on_patches=tokens, others=image.others if len(image.others) else tokens[:0]))
-    return out
+    """Every image with the tokens that ``projection`` makes of its maps."""
+    projected = _made_of_maps(projection, projection, encoded, grids)
+    return [
+        replace(image, on_patches=tokens, others=image.others if len(image.others) else tokens[:0])
+        for image, tokens in zip(encoded, projected, strict=True)
+    ]
 
 
 def _added(slots: Slots, encoded: Sequence[Encoded], grids: Sequence[tuple[int, int]]) -> list[Tensor]:
-    """The tokens added to each image, (T_i * count, D), tile after tile; images of one grid go through together."""
-    if slots.projector is None:
+    """The tokens added to each image, (T_i * count, D), tile after tile."""
+    if (projector := slots.projector) is None:
         return [image.on_patches[:0] for image in encoded]
-    device, dtype = compute_device(slots.projector), next(slots.projector.parameters()).dtype
-    added: dict[int, Tensor] = {}
+    return _made_of_maps(projector, lambda maps, grid: projector(on_grid(maps, grid, projector.grid)), encoded, grids)
+
+
+def _made_of_maps(
+    module: nn.Module,
+    make: Callable[[Tensor, tuple[int, int]], Tensor],
+    encoded: Sequence[Encoded],
+    grids: Sequence[tuple[int, int]],
+) -> list[Tensor]:
+    """What ``make`` makes, by means of ``module``, of the maps (T_i, H_i * W_i, C) of each image: (T_i * n_i, D).
+
+    Images of one grid go through together.
+    """
+    device, dtype = compute_device(module), next(module.parameters()).dtype  # weights may be trained in float32
+    made: dict[int, Tensor] = {}
     for grid, members in images_by_grid(grids).items():
-        maps = torch.cat([encoded[i].maps for i in members]).to(device, dtype)  # weights may be trained in float32
-        tokens = slots.projector(on_grid(maps, grid, slots.projector.grid))
-        added |= zip(members, tokens.split([len(encoded[i].maps) for i in members]), strict=True)
-    return [added[i].flatten(0, 1).to(image.on_patches) for i, image in enumerate(encoded)]
+        maps = torch.cat([encoded[i].maps for i in members])
+        tokens = make(maps.to(device, dtype), grid).to(maps)
+        made |= zip(members, tokens.split([len(encoded[i].maps) for i in members]), strict=True)
+    return [made[i].flatten(0, 1) for i in range(len(encoded))]
 
 
 def on_grid(maps: Tensor, grid: tuple[int, int], wanted: tuple[int, int]) -> Tensor:

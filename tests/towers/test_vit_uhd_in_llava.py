@@ -58,8 +58,10 @@ def test_an_image_of_one_token_is_enough():
     assert inputs["image_sizes"].tolist() == [[14, 14]]
     model = HOST.model()
     assert (inputs["input_ids"] == model.config.image_token_id).sum() == 1
+    listed = dict(inputs, image_sizes=inputs["image_sizes"].tolist())
     stock = model(**inputs).logits
     assert_close(mv.apply(model, HiPruneConfig(keep=5))(**inputs).logits, stock)
+    assert_close(model(**listed).logits, stock)
 
 
 @torch.no_grad()

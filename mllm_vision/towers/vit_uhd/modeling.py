@@ -87,6 +87,18 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2), weights
 
 
+class PatchEmbedding(nn.Module):
+    """Patches (L, 3, p, p) to (L, C). No `nn.Linear`, so that quantisation leaves it alone as it does a convolution."""
+
+    def __init__(self, config: ViTUHDConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.hidden_size, 3 * config.patch_size**2))
+        self.bias = nn.Parameter(torch.empty(config.hidden_size))
+
+    def forward(self, patches: Tensor) -> Tensor:
+        return nn.functional.linear(patches.flatten(1).to(self.weight.dtype), self.weight, self.bias)
+
+
 class ViTUHDAttention(nn.Module):
     """Attention inside each image of a pack."""
 
@@ -215,7 +227,7 @@ class ViTUHDModel(PreTrainedModel):
     def __init__(self, config: ViTUHDConfig):
         super().__init__(config)
         width = config.hidden_size
-        self.patch_embedding = nn.Linear(3 * config.patch_size**2, width)
+        self.patch_embedding = PatchEmbedding(config)
         self.position_embedding = nn.Parameter(torch.empty(*config.position_grid, width))
         self.pre_layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps) if config.pre_norm else nn.Identity()
         self.layers = nn.ModuleList(ViTUHDLayer(config, layer) for layer in range(config.num_hidden_layers))
@@ -224,7 +236,10 @@ class ViTUHDModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, ViTUHDModel):
+        if isinstance(module, PatchEmbedding):
+            initialization.normal_(module.weight, std=self.config.initializer_range)
+            initialization.zeros_(module.bias)
+        elif isinstance(module, ViTUHDModel):
             initialization.normal_(module.position_embedding, std=self.config.initializer_range)
         elif isinstance(module, WindowScores):
             initialization.zeros_(module.weight)
@@ -278,8 +293,7 @@ class ViTUHDModel(PreTrainedModel):
                 f"pixel_values must be ({length}, 3, {side}, {side}) for grids of {length} patches of {side} x {side} "
                 f"pixels, got {tuple(pixel_values.shape)}; give what the image processor of this tower returns"
             )
-        # The table keeps the model's dtype where the linear layers are quantised.
-        hidden_states = self.patch_embedding(pixel_values.flatten(1).to(self.position_embedding.dtype))[None]
+        hidden_states = self.patch_embedding(pixel_values)[None]
         positions = positions_on(self.position_embedding, grids)
         hidden_states = self.pre_layernorm(hidden_states + positions.to(hidden_states.dtype))
         step, pack = 1, self._pack(grids, 1, hidden_states.device)
