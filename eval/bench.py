@@ -112,7 +112,7 @@ def bench(
             "bench needs a candidate or more, batches and repeats of 1 or more and new_tokens of 2 or more, got "
             f"{len(candidates)} candidates, batches {list(batches)}, {repeats} repeats and {new_tokens} new tokens"
         )
-    place = _device(device)
+    place = find_device(device)
     run = _Run(
         source=source,
         candidates=candidates,
@@ -258,14 +258,19 @@ def prompt_lengths(model: PreTrainedModel, inputs: BatchFeature) -> tuple[int, i
     return len(encoded[0].features), inputs["input_ids"].shape[1] - min(left_out)
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """The device of this name; "auto" is a GPU if there is one.
+
+    Raises:
+        ValueError: it is not here, or of a kind that is not measured.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
     there = {"cpu": 1, "cuda": torch.cuda.device_count()}
     if (device.index or 0) >= there.get(device.type, 0):
         raise ValueError(
-            f"bench measures on cpu and cuda, and there is no {name!r} here; use --device auto for what there is"
+            f"time is measured on cpu and cuda, and there is no {name!r} here; use --device auto for what there is"
         )
     return device
 

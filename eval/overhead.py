@@ -216,10 +216,10 @@ def ratio_row(
 
 def report(result: dict[str, Any], console: Console) -> None:
     """Show what `measure` found as a table."""
-    where = result["environment"]
+    where, settings = result["environment"], result["settings"]
     versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
     table = Table(
-        title="ours over the other, random weights, float32",
+        title=f"ours over the other, random weights, {settings['dtype']}, {settings.get('device', 'cpu')}",
         caption=f"{where['hardware']['cpu']}, {where['hardware']['threads']} threads; {versions}",
     )
     for heading in ("", "case", "stock", "ours", "ratio", "min to max", "target"):

@@ -14,7 +14,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-import transformers
 import yaml
 from PIL import Image
 from torch import Tensor
@@ -26,6 +25,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.models.auto.image_processing_auto import get_image_processor_class_from_name
 
 from mllm_vision.eval.measurement import available_memory
 from mllm_vision.host import adapter_for
@@ -51,7 +51,7 @@ class Shape:
         name: As in `shapes.yaml`.
         published: The model's hub id.
         picture: (width, height) of a picture to show it.
-        image_processor: The ``type`` of a stock image processor and its settings.
+        image_processor: The ``type`` of an image processor and its settings.
         config: As in the model's `config.json`.
         layers: Layers of the language model to run, of those in ``config``; None is all. The tower is always whole.
     """
@@ -94,9 +94,9 @@ class Shape:
         return model, partial(make_inputs, model, self.build_image_processor(), self.picture, seed)
 
     def build_image_processor(self) -> BaseImageProcessor:
-        """The stock image processor, in the variant that needs Pillow only."""
+        """The image processor, in the variant that needs Pillow only."""
         settings = {name: value for name, value in self.image_processor.items() if name != "type"}
-        return getattr(transformers, self.image_processor["type"])(**settings)
+        return get_image_processor_class_from_name(self.image_processor["type"])(**settings)
 
     def require_memory(self, dtype: torch.dtype, available: int | None, place: str) -> None:
         """Raise ValueError where the weights alone need more than ``available`` bytes (None: who knows)."""

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 import mllm_vision as mv
 from mllm_vision.cli import app, measuring, scoring
+from mllm_vision.eval import contrast_cost, overhead, tower_cost
 from mllm_vision.projectors import SpatialTokensConfig
 from mllm_vision.prompts import question_parts, write_prompt
 from mllm_vision.reducers import HiPruneConfig
@@ -352,6 +353,32 @@ def test_scenes_are_written_in_both_formats(tmp_path):
 def test_overhead_refuses_to_overwrite(tmp_path):
     (tmp_path / "overhead.json").write_text("{}")
     assert "exists; add --overwrite" in error_of(run("overhead", "--out", tmp_path / "overhead.json"))
+
+
+def test_overhead_measures_what_was_asked_for(monkeypatch):
+    measured = []
+    monkeypatch.setattr(overhead, "run", lambda what, repeats, out, overwrite: measured.append((what, repeats)))
+    for arguments in ((), ("--contrast",), ("--tower", "--repeats", 3), ("--tower", "--layers", 4, "--device", "cpu")):
+        assert run("overhead", *arguments).exit_code == 0
+    assert [(what.func, what.keywords, repeats) for what, repeats in measured] == [
+        (overhead.measure, {}, 7),
+        (contrast_cost.measure, {}, 7),
+        (tower_cost.measure, {}, 3),
+        (tower_cost.measure, {"layers": 4, "device": "cpu"}, 7),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--contrast", "--tower"), "--contrast and --tower are two measurements"),
+        (("--layers", 2), "--layers is a setting of --tower"),
+        (("--contrast", "--device", "cpu"), "--device is a setting of --tower"),
+        (("--tower", "--device", "cuda:99"), "there is no device 'cuda:99' here"),
+    ],
+)
+def test_overhead_finds_errors_before_it_measures(arguments, message):
+    assert message in error_of(run("overhead", *arguments))
 
 
 def test_question_parts_put_images_where_the_marks_are():

@@ -41,6 +41,15 @@ def overhead_rows():
         yield f"| {row['name']} | {row['case']} | {ratio['median']:.3f} | {spread} | {target or ''} |"
 
 
+def tower_rows():
+    for row in read(RESULTS / "tower_cost.json")["rows"]:
+        ratio = row["ratio"]
+        form = "d" if row["name"] == "visual tokens" else ".1f"
+        values = (f"{row[side]:{form}} {row['unit']}".strip() for side in ("stock", "ours"))
+        spread = f"{ratio['min']:.2f} to {ratio['max']:.2f}" if ratio["pairs"] > 1 else ""
+        yield f"| {row['name']} | {row['case']} | {' | '.join(values)} | {ratio['median']:.2f} | {spread} |"
+
+
 def score_rows():
     for family, score in read(CARD)["scores"].items():
         f1 = f"{score['f1']:.3f}" if "f1" in score else ""
@@ -111,7 +120,7 @@ def family_rows():
 @pytest.mark.parametrize(
     "rows",
     [
-        *(demo_rows, overhead_rows, bench_rows, score_rows, sweep_rows, family_rows),
+        *(demo_rows, overhead_rows, tower_rows, bench_rows, score_rows, sweep_rows, family_rows),
         *(projector_rows, study_rows, study_family_rows),
     ],
 )

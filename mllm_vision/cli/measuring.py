@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -105,11 +106,32 @@ def bench(
 def overhead(
     repeats: Annotated[int, typer.Option(min=1, help="Pairs of runs a ratio is the median of.")] = 7,
     contrast: Annotated[bool, typer.Option("--contrast", help="Instead of pruning, contrastive decoding.")] = False,
+    tower: Annotated[bool, typer.Option("--tower", help="Instead of pruning, a tower that merges tokens.")] = False,
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="With --tower, layers of the language model to run; else 2.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help='With --tower, "cpu" or "cuda"; else a GPU if there is one.')
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Measure what pruning, or contrastive decoding, costs beside what it does, as ratios to the stock model."""
-    from mllm_vision.eval import contrast_cost
+    """Measure what pruning, contrastive decoding or merging costs beside what it does, as ratios to going without."""
+    from functools import partial
+
+    from mllm_vision.eval import contrast_cost, tower_cost
     from mllm_vision.eval import overhead as costs
 
-    costs.run(contrast_cost.measure if contrast else costs.measure, repeats, out, overwrite)
+    if contrast and tower:
+        raise typer.BadParameter("--contrast and --tower are two measurements; give one of them")
+    settings: dict[str, Any] = {
+        name: value for name, value in (("layers", layers), ("device", device)) if value is not None
+    }
+    if settings and not tower:
+        raise typer.BadParameter(f"--{next(iter(settings))} is a setting of --tower")
+    if device is not None:
+        check_device(device)
+    measured: Callable[..., dict[str, Any]] = costs.measure
+    if contrast or tower:
+        measured = contrast_cost.measure if contrast else tower_cost.measure
+    costs.run(partial(measured, **settings), repeats, out, overwrite)

@@ -19,13 +19,16 @@ from mllm_vision.eval.shapes import (
 from tests.eval.toy_shapes import PLACEHOLDERS, toy_shape
 
 # Parameters in billions and placeholders of the picture, as the models' own pages and papers give them: 576 patches of
-# CLIP-L/14-336; five tiles of 576 with a newline for each of the mosaic's 48 rows; 28 pixels a side for each token.
+# CLIP-L/14-336; five tiles of 576 with a newline for each of the mosaic's 48 rows; 28 pixels a side for each token; 40,
+# which 1024 is 25.6 of (the paper: 655 tokens), and 28, which it is 36.6 of (1,337).
 PUBLISHED = {
     "llava-1.5-7b": (7.06, 576),
     "llava-1.5-13b": (13.35, 576),
     "llava-next-7b": (7.57, 5 * 576 + 48),
     "qwen2.5-vl-3b": (3.75, 36 * 36),
     "qwen2.5-vl-7b": (8.29, 36 * 36),
+    "llava-uhd-v3": (8.06, 26 * 26),
+    "llava-uhd-v3-moonvit": (8.05, 37 * 37),
 }
 CPU = torch.device("cpu")
 

@@ -15,6 +15,7 @@ WINDOWED_TOWER = dict(
     window_size=56,
     fullatt_block_indexes=[3],
 )
+MERGING_TOWER = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2)
 LANGUAGE = dict(
     hidden_size=32,
     intermediate_size=48,
@@ -45,8 +46,28 @@ SMALL: dict[str, dict[str, Any]] = {
         vision=WINDOWED_TOWER,
         text=dict(rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]}),
     ),
+    "llava-uhd-v3": dict(
+        picture=(112, 84),
+        image_processor=dict(patch_size=5, min_pixels=1600),
+        config=dict(image_token_index=5),
+        vision=MERGING_TOWER | dict(patch_size=5, merger_layers=[0, 2]),
+        text={},
+    ),
+    "llava-uhd-v3-moonvit": dict(
+        picture=(112, 84),
+        image_processor=dict(patch_size=7, min_pixels=1600),
+        config=dict(image_token_index=5),
+        vision=MERGING_TOWER | dict(patch_size=7, merger_layers=[3]),
+        text={},
+    ),
 }
-PLACEHOLDERS = {"llava-1.5-7b": 16, "llava-next-7b": 16 + 8 * 8 + 8, "qwen2.5-vl-3b": 4 * 3}
+PLACEHOLDERS = {
+    "llava-1.5-7b": 16,
+    "llava-next-7b": 16 + 8 * 8 + 8,
+    "qwen2.5-vl-3b": 4 * 3,
+    "llava-uhd-v3": 5 * 4,
+    "llava-uhd-v3-moonvit": 8 * 6,
+}
 
 
 def toy_shape(name: str) -> Shape:
