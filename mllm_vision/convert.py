@@ -21,11 +21,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mllm_vision.auto import slotted_config
+from mllm_vision.host import adapter_for
 from mllm_vision.original import account, read_original
-from mllm_vision.registry import package_modules
+from mllm_vision.registry import MethodConfig, package_modules
+from mllm_vision.slots import stored
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, ProcessorMixin
+    from transformers import BaseImageProcessor, PreTrainedConfig, ProcessorMixin
+
+PROCESSORS = ("processor_config.json", "preprocessor_config.json")
+"""One of which every converted folder has: a model's, or a tower's."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +40,14 @@ class Conversion:
 
     Args:
         config: Of the result, with the dtype of its weights; it says the class, too.
-        processor: Of the result, with the tokenizer.
+        processor: Of the result, with the tokenizer; of a tower by itself, its image processor.
         weights: By their names, or by ours where a layout has made them.
         names: How their names begin, and how ours do instead; the first that fits counts, and what none fits stays.
         summary: What was found in the checkpoint, in a few words.
     """
 
     config: PreTrainedConfig
-    processor: ProcessorMixin
+    processor: ProcessorMixin | BaseImageProcessor
     weights: dict[str, Tensor]
     names: dict[str, str]
     summary: str
@@ -62,7 +68,7 @@ def convert(
     tower: str | None = None,
     overwrite: bool = False,
 ) -> str:
-    """Write an authors' checkpoint as a folder that `from_pretrained` loads, with processor and tokenizer.
+    """Write an authors' checkpoint as a folder that `from_pretrained` loads, with its processor.
 
     Args:
         name: The layout, a name in `layouts`.
@@ -109,6 +115,12 @@ def with_rows(weight: Tensor, rows: int) -> Tensor:
     return torch.cat([weight, mean.expand(rows - len(weight), -1)])
 
 
+def plugged(config: PreTrainedConfig, method: MethodConfig) -> PreTrainedConfig:
+    """The config of the same model with a method plugged in."""
+    slotted = slotted_config(adapter_for(config))
+    return slotted.from_dict(config.to_dict() | {"model_type": slotted.model_type, "mllm_vision": stored([method])})
+
+
 def fitted(found: Conversion, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights under our names, in the dtypes of ``expected``, whose names and shapes they must have.
 
@@ -134,11 +146,13 @@ def fitted(found: Conversion, expected: Mapping[str, Tensor]) -> dict[str, Tenso
 
 def write_model(found: Conversion, folder: Path) -> int:
     """Write config, generation config and weights; returns the number of parameters."""
-    from transformers import AutoModelForImageTextToText
+    from transformers import AutoModel, AutoModelForImageTextToText, ProcessorMixin
 
+    auto = AutoModelForImageTextToText if isinstance(found.processor, ProcessorMixin) else AutoModel
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(found.config, dtype=found.config.dtype)
+        model = auto.from_config(found.config, dtype=found.config.dtype)
     model.load_state_dict(fitted(found, model.state_dict()), assign=True)
+    model.tie_weights()  # what was tied has been assigned twice
     model.save_pretrained(folder)
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -151,7 +165,7 @@ def check_empty(out: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{out} is not empty; choose another folder, or replace it with overwrite")
     if out.is_symlink() or out.resolve() == Path.cwd():
         raise FileExistsError(f"{out} is a link or the current folder and is not removed; name the folder to replace")
-    if not (out / "processor_config.json").is_file():
+    if not any((out / file).is_file() for file in PROCESSORS):
         raise FileExistsError(f"{out} holds something other than a converted model and is not removed")
 
 

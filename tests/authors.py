@@ -181,11 +181,17 @@ def write_tower(folder: Path, model: PreTrainedModel) -> Path:
 
 
 def write_checkpoint(folder: Path, config: dict, weights: dict[str, Tensor], *, kind: str = "bin") -> Path:
-    """Two shards of pickled tensors with their index, or one safetensors file; `tokenizer.model`; `config.json`."""
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
+    """Weights and `config.json` as below, and `tokenizer.model`."""
+    write_weights(folder, config, weights, kind=kind)
     (folder / "tokenizer.model").write_bytes(sentence_pieces())
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", "legacy": False}))
+    return folder
+
+
+def write_weights(folder: Path, config: dict, weights: dict[str, Tensor], *, kind: str = "bin") -> Path:
+    """Two shards of pickled tensors with their index, or one safetensors file; `config.json`."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
     buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}
     if kind == "safetensors":
         save_file(weights, folder / "model.safetensors")

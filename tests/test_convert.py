@@ -66,7 +66,9 @@ def test_the_command_passes_its_options_on(monkeypatch, tmp_path):
 
 
 def test_errors_are_one_line(source, tmp_path):
-    assert "unknown layout 'lava'; there are llava, llava-sp" in error_of(run("lava", source, tmp_path / "out"))
+    assert "unknown layout 'lava'; there are llava, llava-sp, llava-uhd" in error_of(
+        run("lava", source, tmp_path / "out")
+    )
     assert "'no/such-model' is no folder here" in error_of(run("llava", "no/such-model", tmp_path / "out"))
     assert "give a folder or a hub id" in error_of(run("llava", tmp_path / "nothing", tmp_path / "out"))
     (tmp_path / "empty").mkdir()

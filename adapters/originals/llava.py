@@ -14,10 +14,12 @@ Differs: the vocabulary gains <image>, a padding token, and rows up to a multipl
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from mllm_vision.convert import Conversion, with_rows
 from mllm_vision.original import Original, checkpoint_folder, read_json, read_weights
@@ -42,6 +44,8 @@ PROJECTORS = {
     "linear": {"model.mm_projector.": FIRST, SECOND: SECOND},
 }
 ROWS = 64
+IMAGE = "<image>"
+TOWER_REMEDY = "give the vision tower, --tower DIR"
 
 SAY = (
     "{% macro say(content) %}{% if content is string %}{{ content }}{% else %}{% for part in content %}"
@@ -76,19 +80,15 @@ def convert(original: Original, tower: str | None) -> Conversion:
     """
     theirs, weights = original.config, dict(original.weights)
     check(theirs)
-    if lacking := [key for key in (EMBEDDING, HEAD) if key not in weights]:
-        raise ValueError(
-            f"the checkpoint has no {' and no '.join(lacking)}: it is part of a model, which needs its base"
-        )
-    folder = checkpoint_folder(tower or theirs["mm_vision_tower"], "give the vision tower, --tower DIR")
+    tokenizer = read_tokenizer(original.tokenizer)
+    text, matrices = language_model(TEXT_TYPES[theirs["model_type"]], theirs, weights, tokenizer)
+    weights |= matrices
+    folder = checkpoint_folder(tower or theirs["mm_vision_tower"], TOWER_REMEDY)
     if not any(key.startswith(TOWER) for key in weights):
         clip = {key: weight for key, weight in read_weights(folder).items() if key.startswith("vision_model.")}
         weights |= {TOWER + key.removeprefix("vision_model."): weight for key, weight in clip.items()}
-    tokenizer = read_tokenizer(original.tokenizer)
-    rows = max(len(weights[EMBEDDING]), -(-len(tokenizer) // ROWS) * ROWS)
-    config = stock_config(theirs, folder, tokenizer, rows)
+    config = stock_config(theirs, folder, text, tokenizer.convert_tokens_to_ids(IMAGE))
     config.dtype = weights[EMBEDDING].dtype
-    weights |= {key: with_rows(weights[key], rows) for key in (EMBEDDING, HEAD)}
     kind = theirs.get("mm_projector_type", "linear")
     if kind == "linear":
         # The stock projector is two layers and a function between: without a function, the second may pass all through.
@@ -119,6 +119,11 @@ def check(theirs: dict[str, Any]) -> None:
             "stock models either cut an image into tiles (anyres) and unpad them, or do neither",
         ),
     ]
+    refuse(problems)
+
+
+def refuse(problems: Iterable[tuple[object, str]]) -> None:
+    """Raise ValueError for the first problem of their `config.json` that there is."""
     for holds, problem in problems:
         if holds:
             raise ValueError(f"config.json {problem}")
@@ -142,16 +147,39 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
             tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in in_order])
     else:
         raise ValueError(f"{folder} has no tokenizer: expected tokenizer.json or tokenizer.model")
-    tokenizer.add_tokens([AddedToken("<image>", special=True, normalized=False)], special_tokens=True)
+    tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)], special_tokens=True)
     if tokenizer.pad_token in (None, tokenizer.unk_token):
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
     return tokenizer
 
 
-def stock_config(
-    theirs: dict[str, Any], tower: Path, tokenizer: PreTrainedTokenizerFast, rows: int
-) -> PreTrainedConfig:
-    """The config of the stock model: theirs holds the language model's settings among its own.
+def language_model(
+    kind: str, theirs: dict[str, Any], weights: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerFast
+) -> tuple[PreTrainedConfig, dict[str, Tensor]]:
+    """The config of the language model, whose settings are among theirs, and its two matrices with rows for all tokens.
+
+    Raises:
+        ValueError: a matrix is missing, or the two are not one though `config.json` says so.
+    """
+    from transformers import AutoConfig
+
+    tied = theirs.get("tie_word_embeddings", False)
+    if lacking := [key for key in (EMBEDDING, *[HEAD] * (not tied)) if key not in weights]:
+        raise ValueError(
+            f"the checkpoint has no {' and no '.join(lacking)}: it is part of a model, which needs its base"
+        )
+    matrices = {EMBEDDING: weights[EMBEDDING], HEAD: weights.get(HEAD, weights[EMBEDDING])}
+    if tied and not torch.equal(*matrices.values()):
+        raise ValueError(f"config.json sets tie_word_embeddings, but {HEAD} is not {EMBEDDING}; one of them is wrong")
+    rows = max(len(weights[EMBEDDING]), -(-len(tokenizer) // ROWS) * ROWS)
+    known = AutoConfig.for_model(kind).to_dict().keys() | {"rope_theta", "rope_scaling"}
+    settings = {name: theirs[name] for name in known - OF_THE_WHOLE if name in theirs}
+    settings |= {"vocab_size": rows, "pad_token_id": tokenizer.pad_token_id}
+    return AutoConfig.for_model(kind, **settings), {key: with_rows(matrix, rows) for key, matrix in matrices.items()}
+
+
+def stock_config(theirs: dict[str, Any], tower: Path, text: PreTrainedConfig, image_token: int) -> PreTrainedConfig:
+    """The config of the stock model.
 
     Raises:
         ValueError: the tower is not CLIP's.
@@ -162,14 +190,11 @@ def stock_config(
     vision = getattr(vision, "vision_config", vision)
     if vision.model_type != "clip_vision_model":
         raise ValueError(f"{tower} is a tower of type {vision.model_type!r}, expected a CLIP vision model")
-    known = AutoConfig.for_model(TEXT_TYPES[theirs["model_type"]]).to_dict().keys() | {"rope_theta", "rope_scaling"}
-    text = {name: theirs[name] for name in known - OF_THE_WHOLE if name in theirs}
-    text |= {"vocab_size": rows, "pad_token_id": tokenizer.pad_token_id}
     strategy = SELECTED[theirs.get("mm_vision_select_feature", "patch")]
     settings = {
         "vision_config": vision,
-        "text_config": AutoConfig.for_model(TEXT_TYPES[theirs["model_type"]], **text),
-        "image_token_index": tokenizer.convert_tokens_to_ids("<image>"),
+        "text_config": text,
+        "image_token_index": image_token,
         "image_seq_length": (vision.image_size // vision.patch_size) ** 2 + (strategy == "full"),
         "vision_feature_layer": theirs["mm_vision_select_layer"],
         "vision_feature_select_strategy": strategy,

@@ -11,12 +11,9 @@ from dataclasses import replace
 
 from mllm_vision.adapters.llava import tile_grid
 from mllm_vision.adapters.originals import llava
-from mllm_vision.auto import slotted_config
-from mllm_vision.convert import Conversion
-from mllm_vision.host import adapter_for
+from mllm_vision.convert import Conversion, plugged
 from mllm_vision.original import Original
 from mllm_vision.projectors.spatial_tokens import from_authors, scale_sizes
-from mllm_vision.slots import stored
 
 LLAVA = (
     "model.vision_tower.",
@@ -41,16 +38,13 @@ def convert(original: Original, tower: str | None) -> Conversion:
     spatial = {key for key in projectors if not key.startswith("model.mm_projector.")}
     weights = {key: weight for key, weight in original.weights.items() if key not in spatial}
     found = llava.convert(replace(original, weights=weights), tower)
-    adapter = adapter_for(found.config)
     side, _ = tile_grid(found.config)
     theirs = from_authors({key.removeprefix("model."): weight for key, weight in projectors.items()}, side)
-    slotted = slotted_config(adapter)
-    settings = found.config.to_dict() | {"model_type": slotted.model_type, "mllm_vision": stored([theirs.config])}
     sizes = ", ".join(str(side) for side, _ in scale_sizes(theirs.grid, theirs.config.scales))
     grid = " x ".join(map(str, theirs.grid))
     return replace(
         found,
-        config=slotted.from_dict(settings),
+        config=plugged(found.config, theirs.config),
         weights=found.weights | {SLOT + name: weight for name, weight in theirs.spatial.items()},
         summary=f"{found.summary}; spatial tokens by {theirs.config.variant} at scales {sizes} of a {grid} grid, "
         f"{theirs.config.channels} channels",

@@ -65,7 +65,10 @@ def convert(
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Make a folder that from_pretrained loads of a checkpoint as its authors published it."""
+    """Make a folder that from_pretrained loads of a checkpoint as its authors published it.
+
+    The layouts are those of LLaVA-1.5 (and 1.6), LLaVA-SP and LLaVA-UHD v3, of which a tower by itself will do, too.
+    """
     from mllm_vision.convert import convert as converted
 
     typer.echo(converted(name, source, out, base=base, tower=tower, overwrite=overwrite))
