@@ -125,7 +125,7 @@ def check(theirs: dict[str, Any]) -> None:
         [
             (model_type not in TEXT_TYPES, f"has model_type {model_type!r}, expected one of {known}"),
             (kind not in PROJECTORS, f"has mm_projector_type {kind!r}, supported are {', '.join(PROJECTORS)}"),
-            (mode != MODE, f"has model_mode {mode!r}, expected {MODE!r}, which encodes a picture whole"),
+            (mode not in (None, MODE), f"has model_mode {mode!r}, expected {MODE!r}, which encodes a picture whole"),
             (
                 theirs.get("mm_use_im_start_end"),
                 "sets mm_use_im_start_end, but stock prompts put no marks around an image",
