@@ -19,15 +19,16 @@ BACKGROUND = (255, 255, 255)
 _DAMAGED = (OSError, SyntaxError, ValueError, RuntimeError, EOFError, struct.error)
 
 
-def load_image(source: str | Path | bytes) -> Image.Image:
+def load_image(source: str | Path | bytes, *, most_aspect: float = MAX_ASPECT) -> Image.Image:
     """The picture in a file: RGB of 8 bits, upright as its EXIF says, white where transparent, the first frame.
 
     Args:
         source: The file's path, or what is in it.
+        most_aspect: Longest over shortest side that whoever asks can do with.
 
     Raises:
         ValueError: no such file, no image, a damaged or cut-off one, more pixels than Pillow agrees to decode, a side
-            more than `MAX_ASPECT` times the other, or brightness without a defined range.
+            more than ``most_aspect`` times the other, or brightness without a defined range.
         PermissionError: the file may not be read.
     """
     name = f"picture of {len(source)} bytes" if isinstance(source, bytes) else str(source)
@@ -46,9 +47,9 @@ def load_image(source: str | Path | bytes) -> Image.Image:
         raise ValueError(f"{name} would unpack to too large a picture ({error}); shrink it first") from error
     except _DAMAGED as error:
         raise ValueError(f"{name} is damaged or cut off ({error}); get or save it again") from error
-    if max(image.size) > MAX_ASPECT * min(image.size):
+    if max(image.size) > most_aspect * min(image.size):
         raise ValueError(
-            f"{name} is {image.width} x {image.height} pixels, but one side may be at most {MAX_ASPECT} times the "
+            f"{name} is {image.width} x {image.height} pixels, but one side may be at most {most_aspect} times the "
             "other, because a model's processor scales by the shorter one; crop or pad it"
         )
     return upright_rgb(image, name)

@@ -54,7 +54,10 @@ class SlottedModel(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
-        self.plug(Slots(restored(config.mllm_vision), config))
+        slots = Slots(restored(config.mllm_vision), config)
+        if slots.projection is not None:  # the checkpoint will have no weights for the host's own
+            adapter_for(config).projector(self).to("meta")
+        self.plug(slots)
 
     def plug(self, slots: Slots) -> None:
         """Hold ``slots`` in place of those held so far, and a method's projector in place of the host's own.

@@ -160,6 +160,11 @@ def read_tower(weights: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Au
         ValueError: keys are missing or surplus, or weights and settings contradict each other.
     """
     found = from_authors(weights, heads=settings.get("num_attention_heads", HEADS))
+    if not settings and not found.config.merger_layers:
+        raise ValueError(
+            "the weights name no mergers, but average ones need not have any, and the tower's config.json, which would "
+            "tell, is not at hand: pass its folder with --tower"
+        )
     layers, method = list(found.config.merger_layers), MERGERS[found.config.merger]
     for name, value in [("merger_layer_index", layers), *[("merging_method", method)] * bool(layers)]:
         if settings.get(name) not in (None, value):

@@ -27,6 +27,7 @@ from typer.testing import CliRunner
 
 import mllm_vision as mv
 from mllm_vision import convert as engine
+from mllm_vision.adapters.originals.llava_uhd import read_tower
 from mllm_vision.cli import app
 from mllm_vision.original import Original
 from mllm_vision.projectors import PatchMergerConfig
@@ -436,6 +437,15 @@ def test_golden_tokens_of_a_tower_by_itself(tmp_path, name, merger, prefix, kind
     images = AutoImageProcessor.from_pretrained(tmp_path / "converted")
     assert type(images) is ViTUHDImageProcessor
     assert (images.patch_size, images.merge_size, images.max_pixels) == (10, 4, 1560**2)
+
+
+def test_mergers_that_no_weight_and_no_config_tells_of_are_asked_for():
+    weights = load_file(GOLDEN / "pvc_avg_pooling" / "weights.safetensors")
+    stripped = {name: weight for name, weight in weights.items() if ".merger." not in name}
+    assert stripped.keys() != weights.keys()
+    with pytest.raises(ValueError, match=r"the weights name no mergers, .*: pass its folder with --tower"):
+        read_tower(stripped, {})
+    assert read_tower(stripped, {"num_attention_heads": 16}).config.merger_layers == ()
 
 
 def test_a_tower_keeps_its_dtype_and_may_have_no_mergers(tmp_path):

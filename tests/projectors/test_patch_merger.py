@@ -227,6 +227,11 @@ def test_a_checkpoint_has_the_mergers_weights_and_not_the_stock_projectors(host,
         mv.remove(pruned)
     assert_close(pruned(**inputs).logits, logits, rtol=0, atol=0)
 
+    made = type(loaded)(loaded.config)  # as loaders do that build a model first and fill it afterwards
+    made.load_state_dict(loaded.state_dict())
+    with pytest.raises(ValueError, match="the checkpoint has no projector of the stock host"):
+        mv.remove(made)
+
 
 def test_gradients_reach_every_weight(host, model):
     inputs = host.inputs(*mixed_rows())

@@ -16,7 +16,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from mllm_vision.towers import ViTUHDModel
+from mllm_vision.towers import ViTUHDConfig, ViTUHDModel
 from mllm_vision.towers.vit_uhd import from_authors
 from mllm_vision.towers.vit_uhd.conversion import resized_kernel
 from mllm_vision.towers.vit_uhd.image_processing import patchify
@@ -202,3 +202,20 @@ def test_towers_that_cannot_be_converted():
     odd = Siglip2VisionModel(Siglip2VisionConfig(**SIZES, num_patches=35, patch_size=7))
     with pytest.raises(ValueError, match="positions of a square grid, got 35"):
         ViTUHDModel.from_vit(odd, patch_size=4, merger_layers=())
+
+
+def test_the_units_of_rotary_positions_are_kept():
+    tower = ViTUHDModel(
+        ViTUHDConfig(
+            hidden_size=16,
+            intermediate_size=16,
+            num_attention_heads=2,
+            num_hidden_layers=2,
+            patch_size=5,
+            merger_layers=(),
+            position_grid=(4, 4),
+            rotary_units="tokens",
+        )
+    )
+    assert ViTUHDModel.from_vit(tower, patch_size=5, merger_layers=(0,)).config.rotary_units == "tokens"
+    assert from_authors(random_weights(mergers=()), heads=HEADS).config.rotary_units == "patches"

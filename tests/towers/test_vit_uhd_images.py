@@ -1,11 +1,14 @@
 """The image processor of ViT-UHD: sizes of every ratio, and every kind of picture, handled or refused in words."""
 
+import base64
 import math
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.utils import httpx
 from PIL import Image
 
 from mllm_vision.towers import ViTUHDConfig, ViTUHDImageProcessor, ViTUHDModel
@@ -239,3 +242,64 @@ def test_a_call_may_override_the_settings():
     out = ViTUHDImageProcessor(**TINY)(image, patch_size=10, merge_size=1, do_resize=False, return_tensors="np")
     assert out["pixel_values"].shape == (8, 3, 10, 10)
     assert out["image_sizes"].tolist() == [[20, 40]]
+
+
+@pytest.mark.parametrize("name", ["path", "data", "base64", "url"])
+def test_whatever_a_string_names_keeps_its_bits_and_its_white_ground(name, tmp_path, monkeypatch):
+    deep = Image.fromarray(np.full((20, 40), 32768, dtype=np.uint16))
+    clear = Image.new("RGBA", (40, 20), (0, 0, 0, 0))
+    for image, level in ((deep, 127), (clear, 255)):
+        path = tmp_path / "image.png"
+        image.save(path)
+        text = base64.b64encode(path.read_bytes()).decode()
+        reply = httpx.Response(200, content=path.read_bytes(), request=httpx.Request("GET", "http://example.org"))
+        monkeypatch.setattr(httpx, "get", lambda url, reply=reply, **_: reply)
+        named = {
+            "path": str(path),
+            "data": f"data:image/png;base64,{text}",
+            "base64": text,
+            "url": "http://example.org",
+        }
+        assert (pixels_of(named[name]) == level).all()
+
+
+def test_a_string_that_names_nothing_is_said():
+    with pytest.raises(ValueError, match=r"'no such\.png' is no file, no URL and no base64; check the path"):
+        ViTUHDImageProcessor(**TINY)("no such.png")
+    with pytest.raises(ValueError, match="is a folder, not an image"):
+        ViTUHDImageProcessor(**TINY)(str(Path(__file__).parent))
+
+
+def test_a_file_may_be_as_thin_as_a_picture(tmp_path):
+    Image.new("RGB", (4000, 19)).save(tmp_path / "strip.png")
+    out = ViTUHDImageProcessor()(str(tmp_path / "strip.png"), return_tensors="np")
+    assert out["image_sizes"].tolist() == ViTUHDImageProcessor()(Image.new("RGB", (4000, 19)))["image_sizes"].tolist()
+
+
+@pytest.mark.parametrize("most", [1, 255])
+def test_floats_are_resized_as_floats(most):
+    board = np.indices((50, 50)).sum(0) % 2 * 1.0  # nothing between black and white
+    fractions = np.random.default_rng(0).random((50, 50))
+    for levels in (board, fractions):
+        picture = np.repeat(levels[None], 3, axis=0)
+        out = pixels_of((picture * most).astype(np.float32), do_resize=True, min_pixels=400, max_pixels=900)
+        channel = Image.fromarray(levels.astype(np.float32)).resize(out.shape[:0:-1], Image.Resampling.BICUBIC)
+        expected = np.asarray(channel).clip(levels.min(), levels.max()) * most
+        np.testing.assert_allclose(out, np.repeat(expected[None], 3, axis=0), rtol=1e-4, atol=1e-4 * most)
+
+
+def test_numbers_that_are_no_brightness_are_refused():
+    for wrong in (np.nan, np.inf):
+        picture = np.full((3, 20, 40), 0.5, dtype=np.float32)
+        picture[1, 2, 3] = wrong
+        with pytest.raises(ValueError, match="no brightness"):
+            ViTUHDImageProcessor(**TINY)(picture, do_rescale=False)
+
+
+def test_tensors_of_a_graph_and_of_half_precision_are_pictures_too():
+    picture = torch.rand(3, 20, 40)
+    expected = ViTUHDImageProcessor(**TINY)(picture, do_rescale=False, return_tensors="pt")["pixel_values"]
+    tracked = ViTUHDImageProcessor(**TINY)(picture.requires_grad_(), do_rescale=False, return_tensors="pt")
+    assert torch.equal(tracked["pixel_values"], expected)
+    coarse = ViTUHDImageProcessor(**TINY)(picture.bfloat16(), do_rescale=False, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(coarse, expected, atol=0.01, rtol=0.01)  # bf16 keeps 8 bits

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers import Tokenizer, models
 from torch.testing import assert_close
-from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaNextConfig
+from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaNextConfig, PreTrainedTokenizerFast
 
 import mllm_vision as mv
 from mllm_vision.encoding import see_images
@@ -14,7 +15,7 @@ from mllm_vision.reducers import HiPruneConfig
 from mllm_vision.slots import Slots
 from mllm_vision.tokens import AttentionReceived
 from mllm_vision.towers import ViTUHDConfig, ViTUHDImageProcessor, ViTUHDModel, ViTUHDProcessor
-from tests.hosts import HOSTS, picture
+from tests.hosts import HOSTS, picture, rows_of_pixels
 
 HOST = next(host for host in HOSTS if host.name == "llava-vit-uhd")
 GREEDY = {"max_new_tokens": 4, "do_sample": False}
@@ -107,11 +108,14 @@ def test_the_processor_is_saved_and_found_and_keeps_its_template(tmp_path):
 
 def test_servers_are_told_how_many_tokens_a_picture_will_be():
     sizes = [(1, 1), (300, 40), (84, 112)]
-    told = HOST.processor._get_num_multimodal_tokens(sizes)
     images = [Image.new("RGB", (width, height)) for height, width in sizes]
-    made = HOST.processor(images=images, text=["<image>"] * 3, padding=True, return_tensors="pt")["image_sizes"]
-    assert told["num_image_tokens"] == (made // 14).prod(1).tolist()
-    assert told["num_image_patches"] == [1, 1, 1]
+    for settings in ({}, {"min_pixels": 1000, "max_pixels": 56 * 56}):
+        told = HOST.processor._get_num_multimodal_tokens(sizes, **settings)
+        made = HOST.processor(images=images, text=["<image>"] * 3, padding=True, return_tensors="pt", **settings)
+        marks = (made["input_ids"] == HOST.processor.image_token_id).sum(1)
+        assert told["num_image_tokens"] == marks.tolist() == (made["image_sizes"] // 14).prod(1).tolist()
+        assert told["num_image_patches"] == rows_of_pixels(made)
+        assert sum(told["num_image_patches"]) == len(made["pixel_values"])
     assert HOST.processor._get_num_multimodal_tokens()["num_image_tokens"] is None
 
 
@@ -124,8 +128,11 @@ def test_settings_of_a_call_count_for_the_placeholders_too():
 
 
 def test_a_tokenizer_without_the_mark_is_refused():
-    with pytest.raises(ValueError, match=r"'<picture>' is \d+ tokens of this tokenizer, not one; add it as a special"):
-        ViTUHDProcessor(HOST.processor.image_processor, HOST.processor.tokenizer, image_token="<picture>")
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
+    unknowing = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")  # to which every word is one token
+    for tokenizer, mark in ((HOST.processor.tokenizer, "<picture>"), (unknowing, "<image>")):
+        with pytest.raises(ValueError, match=f"'{mark}' is no token of this tokenizer; add it as a special token"):
+            ViTUHDProcessor(HOST.processor.image_processor, tokenizer, image_token=mark)
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def from_authors(weights: Mapping[str, Tensor], *, heads: int = 16) -> AuthorsTo
         position_grid=position.shape[:2],
         merger_layers=sorted(mergers),
         merger="adaptive" if adaptive else "average",
-        rotary_units="tokens",
+        rotary_units="tokens" if mergers else "patches",
     )
     with torch.device("meta"):
         expected = ViTUHDModel(config).state_dict()

@@ -137,8 +137,8 @@ def _uhd_parts(config: ViTUHDConfig, weights: dict[str, Tensor]) -> Pretrained:
         )
     kernel = weights["patch_embedding.weight"].unflatten(1, (3, config.patch_size, config.patch_size))
     layers = {n: w for n, w in weights.items() if n not in ("patch_embedding.weight", "position_embedding")}
-    norms = dict(pre_norm=config.pre_norm, post_norm=config.post_norm, rotary_theta=config.rotary_theta)
-    return Pretrained(_settings(config) | norms, kernel, weights["position_embedding"], layers)
+    own = {name: getattr(config, name) for name in ("pre_norm", "post_norm", "rotary_theta", "rotary_units")}
+    return Pretrained(_settings(config) | own, kernel, weights["position_embedding"], layers)
 
 
 def _settings(config: Any) -> dict[str, Any]:

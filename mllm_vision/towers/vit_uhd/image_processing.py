@@ -1,12 +1,16 @@
 """Pictures of any size and kind as the patches of a ViT-UHD."""
 
+import base64
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from huggingface_hub.utils import httpx  # whichever of its versions there is, as transformers imports it
 from PIL import Image
 from transformers import BatchFeature
 from transformers.image_processing_backends import PilBackend
@@ -38,9 +42,10 @@ class ViTUHDImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[cal
 class ViTUHDImageProcessor(PilBackend):
     """Pictures as packed patches, resized as little as the tower's grid and the bounds on their pixels allow.
 
-    Takes files, PIL images (of any mode, turned as their EXIF says, white where transparent) and arrays or tensors:
-    integers of 8 or 16 bits, or floats, which as elsewhere in transformers are brightness in 0..255, or in 0..1 with
-    ``do_rescale=False``. Returns ``pixel_values`` (L, 3, p, p) of all images in order, each row-major, and
+    Takes files, URLs, base64, PIL images (of any mode, turned as their EXIF says, white where transparent) and arrays
+    or tensors: integers of 8 or 16 bits, or floats, which as elsewhere in transformers are brightness in 0..255, or in
+    0..1 with ``do_rescale=False``. (Pipelines of transformers open files themselves, and clip 16 bits; give them PIL
+    images.) Returns ``pixel_values`` (L, 3, p, p) of all images in order, each row-major, and
     ``image_sizes`` (B, 2), their heights and widths in pixels.
 
     Args:
@@ -75,16 +80,33 @@ class ViTUHDImageProcessor(PilBackend):
         Raises:
             ValueError: a picture too long and thin to encode.
         """
-        unit = self.patch_size * self.merge_size
-        height, width = fitted_size(height, width, unit, self.min_pixels, self.max_pixels)
-        return height // unit * (width // unit)
+        return self.get_number_of_image_patches(height, width) // self.merge_size**2
+
+    def get_number_of_image_patches(
+        self, height: int, width: int, images_kwargs: Mapping[str, Any] = MappingProxyType({})
+    ) -> int:
+        """Patches of a picture of so many pixels, the rows that it has of ``pixel_values``.
+
+        Args:
+            height: Of the picture.
+            width: Of the picture.
+            images_kwargs: Settings of the call that are other than the processor's own.
+
+        Raises:
+            ValueError: a picture too long and thin to encode.
+        """
+        names = ("patch_size", "merge_size", "min_pixels", "max_pixels")
+        side, merge, least, most = (images_kwargs.get(name) or getattr(self, name) for name in names)
+        height, width = fitted_size(height, width, side * merge, least, most)
+        return height // side * (width // side)
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Files as pictures, with all their bits; grey arrays with a channel; the rest as the base class does."""
+        """Whatever a string names as a picture, with all its bits; grey arrays with a channel."""
         if isinstance(image_url_or_urls, list | tuple):
             return [self.fetch_images(image) for image in image_url_or_urls]
-        if isinstance(image_url_or_urls, str | Path) and os.path.isfile(image_url_or_urls):
-            return load_image(image_url_or_urls)
+        if isinstance(image_url_or_urls, str | Path):
+            # As a file may be; which shapes are too long and thin to encode is for `fitted_size` to say.
+            return load_image(_source(image_url_or_urls), most_aspect=math.inf)
         if getattr(image_url_or_urls, "ndim", None) == 2:
             return image_url_or_urls[None]
         return super().fetch_images(image_url_or_urls)
@@ -98,13 +120,24 @@ class ViTUHDImageProcessor(PilBackend):
             ValueError: floats that would be rescaled twice, or pixels that are no brightness at all.
         """
         if not isinstance(image, Image.Image):
-            pixels = image.numpy() if isinstance(image, torch.Tensor) else image
+            pixels = _array(image) if isinstance(image, torch.Tensor) else image
             layout = input_data_format or infer_channel_dimension_format(pixels, num_channels=(1, 3, 4))
             pixels = np.moveaxis(pixels, 0, -1) if layout == ChannelDimension.FIRST else pixels  # (H, W, channels)
             if np.issubdtype(pixels.dtype, np.floating):
                 return np.moveaxis(_rgb_floats(pixels, kwargs["do_rescale"]), -1, 0)
             image = _picture(pixels)
         return np.moveaxis(np.asarray(upright_rgb(image)), -1, 0)
+
+    def resize(
+        self, image: np.ndarray, size: SizeDict, resample: PILImageResampling | None = None, **kwargs: Any
+    ) -> np.ndarray:
+        """One picture (3, H, W) at another size: bytes as the base class does, floats as floats, in their range."""
+        if not np.issubdtype(image.dtype, np.floating):
+            return super().resize(image, size, resample, **kwargs)
+        # The base class would make bytes of them first, of which it finds too few levels in 0 and 1 alone.
+        channels = [Image.fromarray(np.ascontiguousarray(channel, np.float32)) for channel in image]
+        resized = [np.asarray(channel.resize((size.width, size.height), resample)) for channel in channels]
+        return np.stack(resized).clip(image.min(), image.max())
 
     def _validate_preprocess_kwargs(self, do_resize: bool | None = None, **kwargs: Any) -> None:
         super()._validate_preprocess_kwargs(**kwargs)  # which would ask for a fixed size where we resize
@@ -149,6 +182,29 @@ class ViTUHDImageProcessor(PilBackend):
         return BatchFeature(data, tensor_type=return_tensors)
 
 
+def _source(named: str | Path) -> str | Path | bytes:
+    """The file that a string or path names, or what is at a URL or in base64, with or without ``data:image/...``.
+
+    Raises:
+        ValueError: a string that is none of these.
+    """
+    text = str(named)
+    if text.startswith(("http://", "https://")):
+        return httpx.get(text, follow_redirects=True).raise_for_status().content
+    if os.path.exists(text):
+        return named
+    try:
+        return base64.b64decode(text.partition(",")[2] if text.startswith("data:image/") else text, validate=True)
+    except ValueError:
+        raise ValueError(f"{text[:80]!r} is no file, no URL and no base64; check the path") from None
+
+
+def _array(image: torch.Tensor) -> np.ndarray:
+    """The tensor as numpy has it, which knows no bfloat16."""
+    image = image.detach().cpu()
+    return (image.float() if image.dtype == torch.bfloat16 else image).numpy()
+
+
 def _picture(pixels: np.ndarray) -> Image.Image:
     """Integers (H, W, channels) of 8 or 16 bits as a picture of 8."""
     pixels = pixels // 257 if pixels.dtype == np.uint16 else pixels  # 65535 = 257 * 255
@@ -164,6 +220,8 @@ def _rgb_floats(pixels: np.ndarray, rescaled_later: bool) -> np.ndarray:
     """Floats (H, W, 1 or 3) as (H, W, 3)."""
     if pixels.shape[2] == 4:
         raise ValueError("floats with transparency are not supported; give 8 bits a channel, or RGB")
+    if not np.isfinite(pixels).all():
+        raise ValueError("got floats that are no brightness (NaN or infinite); check what made them")
     if rescaled_later and 0 < pixels.max() <= 1:
         raise ValueError(f"got floats up to {pixels.max():.3g}, which are rescaled already; set do_rescale to False")
     return np.broadcast_to(pixels, (*pixels.shape[:2], 3))

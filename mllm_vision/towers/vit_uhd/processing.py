@@ -26,17 +26,15 @@ class ViTUHDProcessor(ProcessorMixin):
 
     def __init__(
         self,
-        image_processor: ViTUHDImageProcessor | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        image_processor: ViTUHDImageProcessor,
+        tokenizer: PreTrainedTokenizerBase,
         chat_template: str | None = None,
         image_token: str = "<image>",
     ):
         self.image_token = getattr(tokenizer, "image_token", None) or image_token
-        ids = tokenizer.encode(self.image_token, add_special_tokens=False)  # type: ignore[union-attr]
-        if len(ids) != 1:
-            raise ValueError(
-                f"{self.image_token!r} is {len(ids)} tokens of this tokenizer, not one; add it as a special token"
-            )
+        ids = tokenizer.encode(self.image_token, add_special_tokens=False)
+        if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+            raise ValueError(f"{self.image_token!r} is no token of this tokenizer; add it as a special token")
         self.image_token_id = ids[0]
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
@@ -52,5 +50,7 @@ class ViTUHDProcessor(ProcessorMixin):
         """Of pictures (height, width) before they are resized; servers ask so for room before they encode."""
         if image_sizes is None:
             return MultiModalData()
-        counts = [self.image_processor.token_count(height, width) for height, width in image_sizes]
-        return MultiModalData(num_image_tokens=counts, num_image_patches=[1] * len(counts))
+        settings = self._merge_kwargs(**kwargs)["images_kwargs"]
+        merge = settings.get("merge_size") or self.image_processor.merge_size
+        patches = [self.image_processor.get_number_of_image_patches(*size, settings) for size in image_sizes]
+        return MultiModalData(num_image_tokens=[n // merge**2 for n in patches], num_image_patches=patches)
