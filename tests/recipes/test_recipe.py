@@ -29,7 +29,7 @@ def test_overrides_reach_a_stage_by_its_name():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("sed=3", "unknown key sed; valid keys are output, seed, model, stages, methods"),
+        ("sed=3", "unknown key sed; valid keys are output, seed, model, stages, side, text_scale"),
         (
             "stages.towr.arguments.max_steps=7",
             "no stage 'towr'; there are tower, captions, mixed, questions, relations",
@@ -37,7 +37,7 @@ def test_overrides_reach_a_stage_by_its_name():
         ("stages.tower.max_step=7", "unknown key max_step; valid keys are name, objective, trains"),
         ("stages.tower.arguments.max_step=7", "unknown key max_step; valid keys are .*max_steps"),
         ("stages.tower.arguments.output_dir=x", "unknown key output_dir"),
-        ("model.visoin.hidden_size=7", "unknown key 'visoin'; there are side, vision, text"),
+        ("model.visoin.hidden_size=7", "unknown key 'visoin'; there are vision, text"),
         ("stages=3", "stages must be a list"),
         ("stages.tower.objective=words", "objective must be one of patch_words, answers, got 'words'"),
         ("stages.tower.arguments.max_steps=0", "stages.tower.arguments needs max_steps of at least 1"),

@@ -27,8 +27,8 @@ TOY = (
 output: nowhere
 seed: 0
 scored_per_family: 4
+side: 70
 model:
-  side: 70
   vision: {image_size: 70, patch_size: 14, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 3,
            num_attention_heads: 2}
   text: {hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2,
