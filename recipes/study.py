@@ -192,18 +192,23 @@ def _stage_records(run: Recipe) -> list[dict[str, Any]]:
 
 
 def report(record: dict[str, Any]) -> RenderableType:
-    """The arms as a table: the task's headline, of each seed and of all, and the difference to the first arm."""
+    """The arms as a table: their size and cost, the task's headline by seed and of all, the difference to the first.
+
+    GFLOPs are those of the first question, up to the first token of its answer.
+    """
     group, headline = record["task"]["headline"]
     title = f"{record['task']['name']}: {group}, {headline}; {LEVEL:.0%} intervals over questions"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in ("", "parameters", "by seed", headline, "difference"):
+    for heading in ("", "parameters", "visual tokens", "GFLOPs", "by seed", headline, "difference"):
         table.add_column(heading, justify="left" if not heading else "right")
     if record["before"] is not None:
-        table.add_row(BEFORE, "", "", _cell(record["before"][group][headline], ".3f"), "")
+        table.add_row(BEFORE, "", "", "", "", _cell(record["before"][group][headline], ".3f"), "")
     for i, (name, arm) in enumerate(record["arms"].items()):
         table.add_row(
             name,
             f"{arm['parameters'] / 1e6:.2f} M",
+            f"{arm['visual_tokens']}",
+            f"{arm['flops']['first_token'] / 1e9:.2f}",
             ", ".join(f"{value:.3f}" for value in arm["seeds"]),
             _cell(arm["scores"][group][headline], ".3f"),
             _cell(arm["differences"][group][headline], "+.3f") if i else "",

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from transformers import AutoProcessor
 
 import mllm_vision as mv
 from mllm_vision.recipes.objectives import (
@@ -171,11 +172,11 @@ def test_an_unknown_family_of_turns_lists_the_known_ones():
         AnswerScenes("train", 0, 1, SIDE, {"colours": 1})
 
 
-@pytest.mark.parametrize("side", [SIDE, 2 * SIDE])
-def test_the_square_behind_a_token_is_told_from_the_processor(toy, request, side):
-    _, processor = toy
-    # CLIP's processor shrinks the larger picture to 5 x 5 tokens again, ViT-UHD makes 10 x 10 of it.
-    assert token_side(processor, side) == (PATCH if "uhd" in request.node.name else side // 5)
+@pytest.mark.parametrize(("side", "expected"), [(SIDE, (PATCH, PATCH)), (2 * SIDE, (28, 20))])
+def test_the_square_behind_a_token_is_told_from_the_processor(checkpoints, side, expected):
+    # Of the larger picture CLIP's processor makes 5 x 5 tokens again, that of the ViT-UHD as many as it may, 7 x 7.
+    clip, uhd = (AutoProcessor.from_pretrained(checkpoints / name) for name in ("clip", "uhd"))
+    assert (token_side(clip, side), token_side(uhd, side)) == expected
 
 
 def test_a_pack_of_pictures_is_taught_as_each_alone(model, processor):
