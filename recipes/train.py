@@ -160,7 +160,11 @@ def _patch_words_trainer(
     arguments: TrainingArguments,
     length: int,
 ) -> Trainer:
-    scenes = {"side": plan.side, "text_scale": plan.text_scale, "patch": token_side(processor, plan.side)}
+    scenes: dict[str, Any] = {
+        "side": plan.side,
+        "text_scale": plan.text_scale,
+        "patch": token_side(processor, plan.side),
+    }
     arguments.label_names = ["summary"]
     return Trainer(
         PatchWords(model, processor, stage.logit_scale),
@@ -180,7 +184,7 @@ def _answers_trainer(
     arguments: TrainingArguments,
     length: int,
 ) -> Trainer:
-    scenes = {"side": plan.side, "text_scale": plan.text_scale, "turns": stage.turns}
+    scenes: dict[str, Any] = {"side": plan.side, "text_scale": plan.text_scale, "turns": stage.turns}
     arguments.prediction_loss_only = True
     return AnswerTrainer(
         model,

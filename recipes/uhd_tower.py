@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel, ProcessorMixin
 
 import mllm_vision as mv
-from mllm_vision.host import adapter_for
+from mllm_vision.host import adapter_for, adapter_of_type
 from mllm_vision.towers import ViTUHDImageProcessor, ViTUHDModel, ViTUHDProcessor
 
 
@@ -43,8 +43,9 @@ def with_uhd_tower(spec: UHDTowerSpec, side: int) -> tuple[PreTrainedModel, Proc
         ValueError: a host or a tower that cannot be converted, or a side that patches and mergers do not divide.
     """
     model, processor = mv.load(spec.base)
+    family = adapter_of_type(model.config.model_type)
     tower = ViTUHDModel.from_vit(
-        adapter_for(model.config).tower(model),
+        family.tower(model),
         patch_size=spec.patch_size,
         merger_layers=spec.merger_layers,
         merger=spec.merger,
@@ -57,8 +58,12 @@ def with_uhd_tower(spec: UHDTowerSpec, side: int) -> tuple[PreTrainedModel, Proc
         )
     model.model.vision_tower = tower
     model.config.vision_config = tower.config
+    model.config.image_seq_length = (side // tower.config.token_size) ** 2
     model.config.vision_feature_select_strategy = "full"  # there is no CLS token to leave out
-    adapter_for(model.config).facts(model.config)  # refuses what the host cannot do with such a tower
+    adapter = adapter_for(model.config)
+    if adapter is family:
+        raise ValueError(f"{family.model_name} of {spec.base} cannot take a tower for pictures of any size")
+    adapter.facts(model.config)  # refuses what the host cannot do with these mergers
     stock: Any = processor.image_processor
     image_processor = ViTUHDImageProcessor.for_tower(
         tower.config,

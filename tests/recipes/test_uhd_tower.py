@@ -7,6 +7,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import mllm_vision as mv
 from mllm_vision.recipes.uhd_tower import UHDTowerSpec, with_uhd_tower
 from mllm_vision.scenes import render, sample_scene
+from tests.hosts import HOSTS, picture
 
 BASE = "tiny-llava-scenes"
 PROMPT = "USER: <image>\nhow many shapes are there? ASSISTANT:"
@@ -55,6 +56,24 @@ def test_it_is_saved_and_loaded_as_any_other(tmp_path):
         AutoProcessor.from_pretrained(tmp_path),
     )
     assert torch.equal(logits(again, its_processor, side=280), logits(model, processor, side=280))
+
+
+@pytest.mark.parametrize(
+    ("host", "tokens"),
+    [("llava-siglip", 36), ("llava-clip-two-layers-full", 36), ("llava-next", None), ("qwen2.5-vl", None)],
+)
+def test_any_host_that_takes_pictures_of_any_size_may_be_the_base(tmp_path, host, tokens):
+    (row,) = (row for row in HOSTS if row.name == host)
+    toy = spec(base=str(row.save(tmp_path)), patch_size=7, merger_layers=[3])
+    if tokens is None:
+        with pytest.raises(ValueError, match=r"cannot (take|convert) a tower"):
+            with_uhd_tower(toy, 84)
+        return
+    model, processor = with_uhd_tower(toy, 84)
+    inputs = processor(images=picture(0), text="<image> What?", return_tensors="pt")
+    assert (inputs["input_ids"] == processor.image_token_id).sum() == model.config.image_seq_length == tokens
+    with torch.no_grad():
+        assert model(**inputs).logits.isfinite().all()
 
 
 @pytest.mark.parametrize(

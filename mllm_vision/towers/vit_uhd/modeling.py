@@ -241,9 +241,9 @@ class ViTUHDModel(PreTrainedModel):
     ) -> ViTUHDModel:
         """A pretrained tower as a ViT-UHD, to be trained further; patches embed alike, mergers start as averages.
 
-        What has no place in a ViT-UHD is left out: the pooling
-        head of SigLIP, and the CLS token of CLIP with the norm behind it. Pictures for it come from
-        `ViTUHDImageProcessor.for_tower`, with the mean and deviation that the tower was trained with.
+        What has no place in a ViT-UHD is left out: the pooling head of SigLIP, and the CLS token of CLIP with the norm
+        behind it. Pictures for it come from `ViTUHDImageProcessor.for_tower`, with the mean and deviation that the
+        tower was trained with.
 
         Args:
             tower: Of SigLIP, SigLIP 2, CLIP or MoonViT, or a ViT-UHD without mergers; not modified.
