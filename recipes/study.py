@@ -38,7 +38,7 @@ from mllm_vision.slotted import SlottedModel
 
 STUDIES = RECIPES / "studies"
 BEFORE = "before training"
-ANSWERS = "answers"
+ANSWERS = "asked"  # beside the folders of the stages
 
 
 @dataclass(kw_only=True)
