@@ -200,7 +200,7 @@ def report(record: dict[str, Any]) -> RenderableType:
     title = f"{record['task']['name']}: {group}, {headline}; {LEVEL:.0%} intervals over questions"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in ("", "parameters", "visual tokens", "GFLOPs", "by seed", headline, "difference"):
-        table.add_column(heading, justify="left" if not heading else "right")
+        table.add_column(heading, justify="left" if not heading else "right", overflow="fold")
     if record["before"] is not None:
         table.add_row(BEFORE, "", "", "", "", _cell(record["before"][group][headline], ".3f"), "")
     for i, (name, arm) in enumerate(record["arms"].items()):

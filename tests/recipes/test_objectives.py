@@ -154,7 +154,9 @@ def test_patch_word_loss_falls_on_one_batch_and_reaches_every_part(model, proces
 
 
 def test_hits_count_only_patches_that_carry_something(model, processor):
-    rows = [PatchWordScenes("train", 0, 2, SIDE, PATCH)[i] for i in range(2)]
+    scenes = (sample_scene("train", i, side=SIDE) for i in range(300))
+    printed = next(scene.index for scene in scenes if scene.text and scene.text.text == TEXTS[0])
+    rows = [PatchWordScenes("train", i, 1, SIDE, PATCH)[0] for i in (printed, 0)]
     batch = PatchWordCollator(processor)(rows)
     hits = PatchWords(model, processor, 100.0)(**batch)["hits"]
     for b, row in enumerate(rows):
