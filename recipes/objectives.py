@@ -3,12 +3,14 @@
 Shapes: B pictures, N patches, D width of the language model, T tokens of a sequence.
 """
 
+import math
 import random
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import Dataset
@@ -29,6 +31,8 @@ WORD_GROUPS: dict[str, tuple[str, ...]] = {
     "texture": TEXTURES,
     "middle": MIDDLE,
 }
+HITS = (*WORD_GROUPS, "text")
+"""What is counted of the words said of patches; "text" is the nouns of patches under printed text alone."""
 SUMMARY = (*NOUNS[1:], *COLOURS)
 _MOST = 3  # the summary of a picture tells one, two and three or more of a kind apart
 
@@ -36,14 +40,17 @@ _MOST = 3  # the summary of a picture tells one, two and three or more of a kind
 class PatchWordScenes(Dataset):
     """Pictures with the words that belong to each patch and the centre of the thing it lies on."""
 
-    def __init__(self, split: str, first_scene: int, length: int, side: int, patch: int) -> None:
+    def __init__(
+        self, split: str, first_scene: int, length: int, side: int, patch: int, text_scale: float = 1.0
+    ) -> None:
         self.split, self.first_scene, self.length, self.side, self.patch = split, first_scene, length, side, patch
+        self.text_scale = text_scale
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        scene = sample_scene(self.split, self.first_scene + i, side=self.side)
+        scene = sample_scene(self.split, self.first_scene + i, side=self.side, text_scale=self.text_scale)
         return {"image": render(scene), **patch_words(scene, self.patch)}
 
 
@@ -80,21 +87,22 @@ class PatchWords(nn.Module):
     """Teaches a tower to say what lies under each patch in the words of the language model.
 
     The stand-in for CLIP's pretraining. The projected feature of a patch, at the layer that the host reads, is compared
-    with the word embeddings of the language model; so visual tokens start out as words it already knows. The last
-    layer, which the host does not read, learns through CLS what the whole picture holds, as CLIP's does.
+    with the word embeddings of the language model; so visual tokens start out as words it already knows. In a tower
+    with CLS, the last layer, which the host does not read, learns through it what the whole picture holds, as CLIP's
+    does. All pictures of a batch are of one size.
     """
 
-    # Word embeddings start at a length of 0.02 * sqrt(256) = 0.3: a feature that is the sum of its words scores 10.
-    logit_scale = 100.0
-
-    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin) -> None:
+    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, logit_scale: float) -> None:
         super().__init__()
+        self.logit_scale = logit_scale
         self.tower = model.model.vision_tower
         self.projector = model.model.multi_modal_projector
         self.embeddings = model.get_input_embeddings()
         self.feature_layer = model.config.vision_feature_layer
         self.centre_head = nn.Linear(model.config.text_config.hidden_size, 2)
-        self.summary_head = nn.Linear(model.config.vision_config.hidden_size, len(SUMMARY) * _MOST)
+        width = model.config.vision_config.hidden_size
+        has_cls = model.config.vision_feature_select_strategy == "default"  # which leaves it out
+        self.summary_head = nn.Linear(width, len(SUMMARY) * _MOST) if has_cls else None
         self.word_ids = {
             group: torch.tensor([_single_token(processor, word) for word in words])
             for group, words in WORD_GROUPS.items()
@@ -105,16 +113,18 @@ class PatchWords(nn.Module):
             "middle": torch.tensor([0.5, 4.0]),
         }
 
-    def forward(
-        self, pixel_values: torch.Tensor, centres: torch.Tensor, summary: torch.Tensor, **words: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
-        """Returns the loss and `hits` (B, groups, 2): per picture and group how many patches are right, of how many."""
-        out = self.tower(pixel_values, output_hidden_states=True)
-        features = self.projector(out.hidden_states[self.feature_layer][:, 1:])  # (B, N, D)
-        loss = functional.binary_cross_entropy_with_logits(self.summary_head(out.pooler_output), summary.flatten(1)) * 4
+    def forward(self, centres: torch.Tensor, summary: torch.Tensor, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Returns the loss and `hits` (B, HITS, 2): per picture how many patches are right, of how many."""
+        words = {group: inputs.pop(group) for group in WORD_GROUPS}
+        out = self.tower(**inputs, output_hidden_states=True)
+        states, loss = out.hidden_states[self.feature_layer], torch.zeros((), device=centres.device)
+        if self.summary_head is not None:
+            told = self.summary_head(out.pooler_output)
+            states, loss = states[:, 1:], functional.binary_cross_entropy_with_logits(told, summary.flatten(1)) * 4
+        features = self.projector(states).reshape(*centres.shape[:2], -1)  # (B, N, D), also of a pack (1, B * N, C)
         on_thing = ~centres.isnan().any(-1)
         loss = loss + functional.l1_loss(self.centre_head(features)[on_thing], centres[on_thing]) * 4
-        hits = []
+        counts = {}
         for group, ids in self.word_ids.items():
             logits = features @ self.embeddings(ids.to(features.device)).T * self.logit_scale  # (B, N, words)
             weight = self.class_weights.get(group)
@@ -126,8 +136,12 @@ class PatchWords(nn.Module):
             )
             # A patch of background is right too easily to be counted.
             counted = words[group] > 0 if group in self.class_weights else words[group] != IGNORED
-            hits.append(torch.stack([(logits.argmax(-1) == words[group]) & counted, counted], -1).sum(1))
-        return {"loss": loss, "hits": torch.stack(hits, 1)}
+            right = logits.argmax(-1) == words[group]
+            counts[group] = torch.stack([right & counted, counted], -1).sum(1)
+            if group == "noun":
+                printed = words[group] >= NOUNS.index(TEXTS[0])
+                counts["text"] = torch.stack([right & printed, printed], -1).sum(1)
+        return {"loss": loss, "hits": torch.stack([counts[name] for name in HITS], 1)}
 
 
 class PatchWordCollator:
@@ -135,9 +149,9 @@ class PatchWordCollator:
         self.image_processor = processor.image_processor
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        pixels = self.image_processor([row["image"] for row in rows], return_tensors="pt")["pixel_values"]
+        images = self.image_processor([row["image"] for row in rows], return_tensors="pt")
         targets = {key: torch.as_tensor(np.stack([row[key] for row in rows])) for key in rows[0] if key != "image"}
-        return {"pixel_values": pixels, **targets}
+        return {**targets, **images}  # the Trainer counts a batch by its first tensor, and pixels may be one pack
 
 
 class AnswerScenes(Dataset):
@@ -148,17 +162,26 @@ class AnswerScenes(Dataset):
             be asked about it is left out. 0.25 asks about one picture in four.
     """
 
-    def __init__(self, split: str, first_scene: int, length: int, side: int, turns: dict[str, float]) -> None:
+    def __init__(
+        self,
+        split: str,
+        first_scene: int,
+        length: int,
+        side: int,
+        turns: dict[str, float],
+        text_scale: float = 1.0,
+    ) -> None:
         known = [*FAMILIES, "caption"]
         if unknown := sorted(set(turns) - set(known)):
             raise ValueError(f"turns names unknown families {', '.join(unknown)}; there are {', '.join(known)}")
         self.split, self.first_scene, self.length, self.side, self.turns = split, first_scene, length, side, turns
+        self.text_scale = text_scale
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        scene = sample_scene(self.split, self.first_scene + i, side=self.side)
+        scene = sample_scene(self.split, self.first_scene + i, side=self.side, text_scale=self.text_scale)
         rng = random.Random(f"turns-{self.split}-{self.first_scene + i}")
         asked: dict[str, Question] = {}  # by text: a question asked twice teaches nothing more
         for family, count in self.turns.items():
@@ -185,7 +208,9 @@ class AnswerCollator:
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         tokenizer = self.processor.tokenizer
-        packed = [self._pack(row["questions"], row["image"].size) for row in rows]
+        images = encode_images(self.processor, [row["image"] for row in rows])
+        counts = (images.pop("input_ids") == self.processor.image_token_id).sum(1).tolist()
+        packed = [self._pack(row["questions"], n + self.added) for row, n in zip(rows, counts, strict=True)]
         longest = max(len(ids) for ids, *_ in packed)
 
         def pad(column: int, value: int) -> torch.Tensor:
@@ -193,18 +218,16 @@ class AnswerCollator:
 
         branch = pad(3, -1)  # (B, T)
         same = (branch[:, :, None] == branch[:, None, :]) | (branch[:, None, :] == 0)
-        pixels = self.processor.image_processor([row["image"] for row in rows], return_tensors="pt")["pixel_values"]
         return {
-            "pixel_values": pixels,
             "input_ids": pad(0, tokenizer.pad_token_id),
             "labels": pad(1, IGNORED),
             "position_ids": pad(2, 0),
             "attention_mask": (same & torch.ones(longest, longest, dtype=torch.bool).tril())[:, None],  # (B, 1, T, T)
+            **images,
         }
 
-    def _pack(self, questions: list[Question], size: tuple[int, int]) -> tuple[list[int], ...]:
+    def _pack(self, questions: list[Question], n: int) -> tuple[list[int], ...]:
         tokenizer = self.processor.tokenizer
-        n = (size[0] // self.processor.patch_size) * (size[1] // self.processor.patch_size) + self.added
         ids = tokenizer("USER:")["input_ids"] + [self.processor.image_token_id] * n
         labels, positions, branch = [IGNORED] * len(ids), list(range(len(ids))), [0] * len(ids)
         start = len(ids)
@@ -216,6 +239,19 @@ class AnswerCollator:
             positions += range(start, start + len(asked) + len(answer))
             branch += [i] * (len(asked) + len(answer))
         return ids, labels, positions, branch
+
+
+def encode_images(processor: ProcessorMixin, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
+    """What the model needs of pictures, and as `input_ids` a row for each with its visual tokens."""
+    marks = [processor.image_token] * len(images)
+    inputs = processor(images=list(images), text=marks, padding=True, return_tensors="pt")
+    return {name: value for name, value in inputs.items() if name != "attention_mask"}
+
+
+def token_side(processor: ProcessorMixin, side: int) -> int:
+    """Side in pixels of the square of a scene of `side` pixels that becomes one visual token."""
+    encoded = encode_images(processor, [Image.new("RGB", (side, side))])
+    return side // math.isqrt(int((encoded["input_ids"] == processor.image_token_id).sum()))
 
 
 def _single_token(processor: ProcessorMixin, word: str) -> int:

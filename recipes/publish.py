@@ -27,7 +27,7 @@ def publish(plan: Recipe, name: str, stages: list[Path], final: Path) -> None:
     """
     processor = AutoProcessor.from_pretrained(stages[-1])
     model = AutoModelForImageTextToText.from_pretrained(stages[-1], dtype=torch.float16)
-    task = Scenes(questions=plan.scored_per_family, side=model.config.vision_config.image_size)
+    task = Scenes(questions=plan.scored_per_family, side=plan.side, text_scale=plan.text_scale)
     facts = {
         "recipe": name,
         "seed": plan.seed,

@@ -8,7 +8,9 @@ from typing import Any
 import yaml
 from transformers import TrainingArguments
 
+from mllm_vision.recipes.uhd_tower import UHDTowerSpec
 from mllm_vision.registry import MethodConfig
+from mllm_vision.scenes.draw import REFERENCE_SIDE
 
 RECIPES = Path(__file__).parent
 OBJECTIVES = ("patch_words", "answers")
@@ -17,9 +19,8 @@ _SET_BY_RECIPE = ("output_dir", "seed", "data_seed")
 
 @dataclass(kw_only=True)
 class ModelSpec:
-    """Sizes of a new model: `side` of the picture, fields of `CLIPVisionConfig` and of `LlamaConfig`."""
+    """Sizes of a new model: fields of `CLIPVisionConfig` and of `LlamaConfig`."""
 
-    side: int
     vision: dict[str, Any]
     text: dict[str, Any]
 
@@ -33,6 +34,9 @@ class Stage:
         trains: Names of submodules whose parameters are trained; all others are frozen.
         first_scene: Index of the first training scene. Stages with ranges apart see different pictures.
         turns: For "answers": questions a picture, by family.
+        logit_scale: For "patch_words": what the product of a feature and the embedding of a word is multiplied by. Word
+            embeddings of a new model have a length of 0.02 * sqrt(256) = 0.3: a feature that is the sum of its words
+            scores 10 at 100. In a trained model both have grown; 1 leaves its features as long as they are.
         arguments: Fields of `transformers.TrainingArguments`.
     """
 
@@ -41,6 +45,7 @@ class Stage:
     trains: list[str]
     first_scene: int = 0
     turns: dict[str, float] = field(default_factory=dict)
+    logit_scale: float = 100.0
     arguments: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -54,7 +59,10 @@ class Recipe:
 
     Args:
         output: Folder of checkpoints, finished stages and the final model.
-        model: Sizes of a new model, or the checkpoint to go on from: a folder, or "tiny-llava-scenes".
+        model: Sizes of a new model, or the checkpoint to go on from: a folder or "tiny-llava-scenes", as it is or with
+            its tower as a ViT-UHD.
+        side: Width and height in pixels of the scenes to learn from and to be scored on.
+        text_scale: As in `sample_scene`.
         methods: What is plugged into it, as `config.json` stores it; weights of methods are trained in every stage.
         scored_per_family: Test questions per family for the model card.
         note: What a reader of the model card must know about the run; printed there as it stands.
@@ -63,8 +71,10 @@ class Recipe:
 
     output: str
     seed: int
-    model: ModelSpec | str
+    model: ModelSpec | UHDTowerSpec | str
     stages: list[Stage]
+    side: int = REFERENCE_SIDE
+    text_scale: float = 1.0
     methods: list[dict[str, Any]] = field(default_factory=list)
     scored_per_family: int = 500
     note: str = ""
@@ -75,6 +85,13 @@ class Recipe:
             raise ValueError("a recipe needs at least one stage")
         for method in self.methods:
             MethodConfig.from_dict(method)
+
+    @property
+    def base(self) -> str | None:
+        """The checkpoint to go on from, None for a new model."""
+        if isinstance(self.model, UHDTowerSpec):
+            return self.model.base
+        return self.model if isinstance(self.model, str) else None
 
 
 def recipe_names() -> list[str]:
@@ -97,7 +114,8 @@ def load_recipe(recipe: str | Path, overrides: list[str] | tuple[str, ...] = ())
         _override(raw, override)
     fields = dict(_checked(Recipe, raw, str(path)))
     if not isinstance(fields["model"], str):
-        fields["model"] = ModelSpec(**_checked(ModelSpec, fields["model"], "model"))
+        kind = UHDTowerSpec if isinstance(fields["model"], dict) and "base" in fields["model"] else ModelSpec
+        fields["model"] = kind(**_checked(kind, fields["model"], "model"))
     if not isinstance(fields["stages"], list):
         raise ValueError(f"stages must be a list, got {type(fields['stages']).__name__}")
     fields["stages"] = [Stage(**_checked(Stage, stage, "stages")) for stage in fields["stages"]]

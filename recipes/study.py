@@ -8,29 +8,37 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from rich.box import SIMPLE_HEAD
 from rich.console import RenderableType
 from rich.table import Table
+from transformers import PreTrainedModel, ProcessorMixin
 
 import mllm_vision as mv
+from mllm_vision.eval.answers import inputs_for, prompt_for
+from mllm_vision.eval.bench import prompt_lengths
 from mllm_vision.eval.environment import environment
 from mllm_vision.eval.evaluation import evaluate
+from mllm_vision.eval.flops import counting_flops
+from mllm_vision.eval.measurement import measure_steps
 from mllm_vision.eval.report import TaskResult
 from mllm_vision.eval.scores import LEVEL, RESAMPLES, seeds_against
-from mllm_vision.eval.task import parse_tasks
+from mllm_vision.eval.task import Task, parse_tasks
 from mllm_vision.recipes.publish import STAGE_RECORD
 from mllm_vision.recipes.recipe import RECIPES, Recipe, load_recipe
 from mllm_vision.recipes.train import train
 from mllm_vision.settings import Settings
+from mllm_vision.slotted import SlottedModel
 
 STUDIES = RECIPES / "studies"
 BEFORE = "before training"
-ANSWERS = "answers"
+ANSWERS = "asked"  # beside the folders of the stages
 
 
 @dataclass(kw_only=True)
@@ -99,8 +107,9 @@ def run_study(plan: Study, say: Callable[[str], None] = lambda line: None) -> di
     Returns:
         What `report` shows, as JSON holds it: ``environment``, ``study``, ``intervals``, ``before`` (the scores of the
         checkpoint that the runs begin with, None for a new model) and ``arms``, each with the recipe's ``overrides``,
-        ``parameters``, ``seconds`` of training by seed (None for a run that was resumed), the headline of each of the
-        ``seeds``, ``scores`` of all seeds together and ``differences`` to the first arm.
+        ``parameters``, ``visual_tokens`` of the first question and the ``flops`` of its steps, ``seconds`` of training
+        by seed (None for a run that was resumed), what each stage reached on ``held_out`` scenes by seed, the headline
+        of each of the ``seeds``, ``scores`` of all seeds together and ``differences`` to the first arm.
     """
     (task,) = parse_tasks([plan.task])
     for seed in plan.seeds:
@@ -110,12 +119,12 @@ def run_study(plan: Study, say: Callable[[str], None] = lambda line: None) -> di
                 say(f"training: {arm}, seed {seed}")
                 train(plan.recipe, plan.overrides(arm, seed))
     found: dict[str, list[TaskResult]] = {}
-    parameters: dict[str, int] = {}
+    facts: dict[str, dict[str, Any]] = {}
     for arm in plan.arms:
         for run in plan.runs(arm):
             say(f"asking: {Path(run.output).name}")
             model, processor = mv.load(Path(run.output) / "model")
-            parameters[arm] = model.num_parameters()
+            facts[arm] = {"parameters": model.num_parameters(), **prompt_cost(model, processor, task)}
             asked = evaluate(model, processor, task, out=Path(run.output) / ANSWERS, batch_size=32)
             found.setdefault(arm, []).append(asked.tasks[task.name])
     first, *_ = plan.arms
@@ -129,8 +138,9 @@ def run_study(plan: Study, say: Callable[[str], None] = lambda line: None) -> di
         "arms": {
             arm: {
                 "overrides": plan.arms[arm],
-                "parameters": parameters[arm],
+                **facts[arm],
                 "seconds": [_seconds(run) for run in plan.runs(arm)],
+                "held_out": [_held_out(run) for run in plan.runs(arm)],
                 "seeds": [result.headline.value for result in results],
                 **seeds_against(task, [r.tallies for r in results], [r.tallies for r in found[first]]),
             }
@@ -139,10 +149,25 @@ def run_study(plan: Study, say: Callable[[str], None] = lambda line: None) -> di
     }
 
 
+@torch.no_grad()
+def prompt_cost(model: PreTrainedModel, processor: ProcessorMixin, task: Task) -> dict[str, Any]:
+    """The ``visual_tokens`` of the first question of ``task``, and ``flops`` by step as `measure_steps` has them.
+
+    Args:
+        model: Of a supported host; methods in it are counted, too.
+    """
+    question, *_ = task.load().examples
+    prompt = prompt_for(processor, question.question, len(question.images))
+    inputs = inputs_for(processor, [prompt], [[load() for load in question.images]])
+    with nullcontext() if isinstance(model, SlottedModel) else mv.using(model), counting_flops() as clock:
+        visual, _ = prompt_lengths(model, inputs)
+        return {"visual_tokens": visual, "flops": asdict(measure_steps(model, inputs, 2, clock))}
+
+
 def _before(plan: Study, task: str, say: Callable[[str], None]) -> dict[str, Any] | None:
     """Scores of what all runs begin with."""
-    base = load_recipe(plan.recipe).model
-    if not isinstance(base, str):
+    base = load_recipe(plan.recipe).base
+    if base is None:
         return None
     say(f"asking: {base}, {BEFORE}")
     asked = evaluate(*mv.load(base), plan.task, out=Path(plan.output) / "before" / ANSWERS, batch_size=32, name=base)
@@ -152,25 +177,38 @@ def _before(plan: Study, task: str, say: Callable[[str], None]) -> dict[str, Any
 
 def _seconds(run: Recipe) -> int | None:
     """Seconds that all stages took, None where one was resumed."""
-    output = Path(run.output)
-    records = (json.loads((output / stage.name / STAGE_RECORD).read_text(encoding="utf-8")) for stage in run.stages)
-    seconds = [record["seconds"] for record in records]
+    seconds = [record["seconds"] for record in _stage_records(run)]
     return None if None in seconds else sum(seconds)
 
 
+def _held_out(run: Recipe) -> dict[str, dict[str, float] | None]:
+    """By stage, what it reached on validation scenes; None where it did not look."""
+    return {record["name"]: record["curve"][-1] if record["curve"] else None for record in _stage_records(run)}
+
+
+def _stage_records(run: Recipe) -> list[dict[str, Any]]:
+    files = (Path(run.output) / stage.name / STAGE_RECORD for stage in run.stages)
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+
+
 def report(record: dict[str, Any]) -> RenderableType:
-    """The arms as a table: the task's headline, of each seed and of all, and the difference to the first arm."""
+    """The arms as a table: their size and cost, the task's headline by seed and of all, the difference to the first.
+
+    GFLOPs are those of the first question, up to the first token of its answer.
+    """
     group, headline = record["task"]["headline"]
     title = f"{record['task']['name']}: {group}, {headline}; {LEVEL:.0%} intervals over questions"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in ("", "parameters", "by seed", headline, "difference"):
-        table.add_column(heading, justify="left" if not heading else "right")
+    for heading in ("", "parameters", "visual tokens", "GFLOPs", "by seed", headline, "difference"):
+        table.add_column(heading, justify="left" if not heading else "right", overflow="fold")
     if record["before"] is not None:
-        table.add_row(BEFORE, "", "", _cell(record["before"][group][headline], ".3f"), "")
+        table.add_row(BEFORE, "", "", "", "", _cell(record["before"][group][headline], ".3f"), "")
     for i, (name, arm) in enumerate(record["arms"].items()):
         table.add_row(
             name,
             f"{arm['parameters'] / 1e6:.2f} M",
+            f"{arm['visual_tokens']}",
+            f"{arm['flops']['first_token'] / 1e9:.2f}",
             ", ".join(f"{value:.3f}" for value in arm["seeds"]),
             _cell(arm["scores"][group][headline], ".3f"),
             _cell(arm["differences"][group][headline], "+.3f") if i else "",

@@ -30,16 +30,18 @@ import mllm_vision as mv
 from mllm_vision.eval.evaluation import evaluate
 from mllm_vision.eval.tasks.scenes import Scenes
 from mllm_vision.recipes.objectives import (
-    WORD_GROUPS,
+    HITS,
     AnswerCollator,
     AnswerScenes,
     PatchWordCollator,
     PatchWords,
     PatchWordScenes,
+    token_side,
 )
 from mllm_vision.recipes.publish import STAGE_RECORD, publish
 from mllm_vision.recipes.recipe import Recipe, Stage, load_recipe
 from mllm_vision.recipes.tiny_model import build_model, build_processor
+from mllm_vision.recipes.uhd_tower import UHDTowerSpec, with_uhd_tower
 from mllm_vision.registry import MethodConfig
 from mllm_vision.slotted import SlottedModel
 
@@ -100,8 +102,11 @@ def _load(plan: Recipe, previous: Path | None) -> tuple[PreTrainedModel, Process
     methods = [MethodConfig.from_dict(method) for method in plan.methods]
     if isinstance(plan.model, str):
         return mv.load(plan.model, *methods)
-    processor = build_processor(plan.model.side, plan.model.vision["patch_size"])
-    model = build_model(plan.model.vision, plan.model.text, processor)
+    if isinstance(plan.model, UHDTowerSpec):
+        model, processor = with_uhd_tower(plan.model, plan.side)
+    else:
+        processor = build_processor(plan.model.vision["image_size"], plan.model.vision["patch_size"])
+        model = build_model(plan.model.vision, plan.model.text, processor)
     return (mv.apply(model, *methods) if methods else model), processor
 
 
@@ -125,7 +130,7 @@ def _run_stage(plan: Recipe, stage: Stage, model: PreTrainedModel, processor: Pr
     _freeze_all_but(model, stage.trains)
     batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     length = arguments.max_steps * batch  # scenes without end: no picture is seen twice
-    trainer = _OBJECTIVES[stage.objective](stage, model, processor, arguments, length)
+    trainer = _OBJECTIVES[stage.objective](plan, stage, model, processor, arguments, length)
     latest = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=latest)
@@ -148,40 +153,47 @@ def _run_stage(plan: Recipe, stage: Stage, model: PreTrainedModel, processor: Pr
 
 
 def _patch_words_trainer(
+    plan: Recipe,
     stage: Stage,
     model: PreTrainedModel,
     processor: ProcessorMixin,
     arguments: TrainingArguments,
     length: int,
 ) -> Trainer:
-    side, patch = model.config.vision_config.image_size, model.config.vision_config.patch_size
+    scenes: dict[str, Any] = {
+        "side": plan.side,
+        "text_scale": plan.text_scale,
+        "patch": token_side(processor, plan.side),
+    }
     arguments.label_names = ["summary"]
     return Trainer(
-        PatchWords(model, processor),
+        PatchWords(model, processor, stage.logit_scale),
         arguments,
         data_collator=PatchWordCollator(processor),
-        train_dataset=PatchWordScenes("train", stage.first_scene, length, side, patch),
-        eval_dataset=PatchWordScenes("validation", 0, _HELD_OUT, side, patch),
+        train_dataset=PatchWordScenes("train", stage.first_scene, length, **scenes),
+        eval_dataset=PatchWordScenes("validation", 0, _HELD_OUT, **scenes),
         compute_metrics=_patch_word_accuracy,
     )
 
 
 def _answers_trainer(
+    plan: Recipe,
     stage: Stage,
     model: PreTrainedModel,
     processor: ProcessorMixin,
     arguments: TrainingArguments,
     length: int,
 ) -> Trainer:
-    side = model.config.vision_config.image_size
+    scenes: dict[str, Any] = {"side": plan.side, "text_scale": plan.text_scale, "turns": stage.turns}
     arguments.prediction_loss_only = True
     return AnswerTrainer(
         model,
         arguments,
         data_collator=AnswerCollator(processor, model.vision_slots.added if isinstance(model, SlottedModel) else 0),
-        train_dataset=AnswerScenes("train", stage.first_scene, length, side, stage.turns),
-        eval_dataset=AnswerScenes("validation", 0, _HELD_OUT, side, stage.turns),
+        train_dataset=AnswerScenes("train", stage.first_scene, length, **scenes),
+        eval_dataset=AnswerScenes("validation", 0, _HELD_OUT, **scenes),
         processing_class=processor,
+        task=Scenes(questions=_ASKED, split="validation", side=plan.side, text_scale=plan.text_scale),
     )
 
 
@@ -191,10 +203,14 @@ _OBJECTIVES = {"patch_words": _patch_words_trainer, "answers": _answers_trainer}
 class AnswerTrainer(Trainer):
     """A Trainer whose evaluation also asks questions about held-out scenes and scores the generated answers."""
 
+    def __init__(self, *args: Any, task: Scenes, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.task = task
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         metrics = super().evaluate(*args, **kwargs)
-        task = Scenes(questions=_ASKED, split="validation", side=self.model.config.vision_config.image_size)
-        scores = evaluate(self.model, self.processing_class, task, batch_size=32).tasks[task.name].values()
+        asked = evaluate(self.model, self.processing_class, self.task, batch_size=32)
+        scores = asked.tasks[self.task.name].values()
         answered = {
             f"eval_{family}": score["f1" if family.startswith("existence") else "accuracy"]
             for family, score in scores.items()
@@ -211,7 +227,7 @@ class AnswerTrainer(Trainer):
 
 def _patch_word_accuracy(prediction: EvalPrediction) -> dict[str, float]:
     right, of = np.moveaxis(np.asarray(prediction.predictions).sum(0), -1, 0)
-    return {group: float(right[i] / max(of[i], 1)) for i, group in enumerate(WORD_GROUPS)}
+    return {group: float(right[i] / max(of[i], 1)) for i, group in enumerate(HITS)}
 
 
 def _held_out_curve(log_history: list[dict[str, float]]) -> list[dict[str, float]]:

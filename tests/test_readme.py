@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -84,9 +85,9 @@ def with_interval(score, form):
     return f"{score['value']:{form}} ({score['low']:{form}}, {score['high']:{form}})"
 
 
-def study_rows():
+def study_rows(name):
     """Before training, then each arm: of each seed and of all, and the difference to the first arm."""
-    record = read(RESULTS / "spatial_tokens.json")
+    record = read(RESULTS / f"{name}.json")
     group, name = record["task"]["headline"]
     yield f"| before | {with_interval(record['before'][group][name], '.3f')} | | |"
     for i, (arm, row) in enumerate(record["arms"].items()):
@@ -95,11 +96,21 @@ def study_rows():
         yield f"| {arm} | {with_interval(row['scores'][group][name], '.3f')} | {seeds} | {difference} |"
 
 
-def study_family_rows():
-    arms = list(read(RESULTS / "spatial_tokens.json")["arms"].items())[1:]
+def study_family_rows(name):
+    arms = list(read(RESULTS / f"{name}.json")["arms"].items())[1:]
     families = {"existence_adversarial": "f1", **dict.fromkeys(("count", "colour", "relation", "reading"), "accuracy")}
     for arm, row in arms:
         yield f"| {arm} | {' | '.join(with_interval(row['differences'][f][n], '+.3f') for f, n in families.items())} |"
+
+
+def reading_rows(name):
+    """What each arm of a study costs, what it reads, and the difference to the first arm."""
+    record = read(RESULTS / f"{name}.json")
+    yield f"| before | | | | {with_interval(record['before']['reading']['accuracy'], '.3f')} | |"
+    for i, (arm, row) in enumerate(record["arms"].items()):
+        cost = f"{row['visual_tokens']} | {row['flops']['first_token'] / 1e9:.2f} | {row['parameters'] / 1e6:.2f}"
+        difference = with_interval(row["differences"]["reading"]["accuracy"], "+.3f") if i else ""
+        yield f"| {arm} | {cost} | {with_interval(row['scores']['reading']['accuracy'], '.3f')} | {difference} |"
 
 
 def sweep_rows():
@@ -125,7 +136,10 @@ def family_rows():
     "rows",
     [
         *(demo_rows, overhead_rows, contrast_rows, tower_rows, bench_rows, score_rows, sweep_rows, family_rows),
-        *(projector_rows, study_rows, study_family_rows),
+        projector_rows,
+        *(partial(rows, "spatial_tokens") for rows in (study_rows, study_family_rows)),
+        *(partial(rows, "progressive_compression") for rows in (reading_rows, study_rows, study_family_rows)),
+        partial(reading_rows, "progressive_compression_longer"),
     ],
 )
 def test_tables_are_those_of_the_result_files(rows):

@@ -39,6 +39,7 @@ class Scenes(Task, name="scenes", paper="drawn by mllm_vision.scenes"):
         families: Names of families joined by "/", or "all".
         split: Of the scenes.
         side: Width and height of a scene in pixels.
+        text_scale: Height of printed text over its usual share of the scene, at most 1.
         seed: Of the choice of questions.
     """
 
@@ -46,6 +47,7 @@ class Scenes(Task, name="scenes", paper="drawn by mllm_vision.scenes"):
     families: str = "all"
     split: Literal["train", "validation", "test"] = "test"
     side: int = REFERENCE_SIDE
+    text_scale: float = 1.0
     seed: int = 0
 
     max_new_tokens = 6
@@ -68,10 +70,12 @@ class Scenes(Task, name="scenes", paper="drawn by mllm_vision.scenes"):
     def load(self, data: Path | None = None) -> Questions:
         examples = []
         for family in self.asked_for:
-            asked = sample_questions(self.split, family, self.questions, side=self.side, seed=self.seed)
+            asked = sample_questions(
+                self.split, family, self.questions, side=self.side, text_scale=self.text_scale, seed=self.seed
+            )
             examples += [example for scene, question in asked for example in self.examples(_row(scene, question))]
-        source = {"source": "scenes", "split": self.split, "side": self.side, "seed": self.seed}
-        return Questions(examples, provenance=source)
+        drawn = {name: getattr(self, name) for name in ("split", "side", "text_scale", "seed")}
+        return Questions(examples, provenance={"source": "scenes", **drawn})
 
     def examples(self, row: Row) -> Iterable[Example]:
         scene, question = row["scene"], row["question"]
@@ -104,7 +108,7 @@ class Scenes(Task, name="scenes", paper="drawn by mllm_vision.scenes"):
 
 
 def sample_questions(
-    split: str, family: str, n: int, *, side: int = REFERENCE_SIDE, seed: int = 0
+    split: str, family: str, n: int, *, side: int = REFERENCE_SIDE, text_scale: float = 1.0, seed: int = 0
 ) -> list[tuple[Scene, Question]]:
     """`n` questions of a family, one a scene, the same for the same arguments.
 
@@ -115,7 +119,7 @@ def sample_questions(
     asked: list[tuple[Scene, Question]] = []
     scenes, index = 0, 0
     while scenes < n:
-        scene = sample_scene(split, index, side=side)
+        scene = sample_scene(split, index, side=side, text_scale=text_scale)
         rng = random.Random(f"ask-{seed}-{split}-{family}-{index}")
         if family == "existence":
             kinds: Sequence[str] = ("present",) if scenes % 2 == 0 else NEGATIVES

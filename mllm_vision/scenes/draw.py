@@ -121,22 +121,30 @@ class Scene:
         return tuple(thing for thing in self.things if self.shape_count(thing.shape) == 1)
 
 
-def sample_scene(split: str, index: int, *, side: int = REFERENCE_SIDE, seed: int = 0) -> Scene:
+def sample_scene(
+    split: str, index: int, *, side: int = REFERENCE_SIDE, text_scale: float = 1.0, seed: int = 0
+) -> Scene:
     """The `index`-th scene of a split; the same arguments always give the same scene.
 
     Args:
         split: One of `SPLITS`.
         index: 0, 1, 2, ...
         side: Width and height in pixels; everything scales with it.
+        text_scale: Height of printed text over its usual share of the picture; 0.5 in a picture twice as large draws
+            letters of the usual size in pixels, which only that resolution shows.
         seed: Another seed is another data set. The splits stay apart across seeds too.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     if side < 56:
         raise ValueError(f"side must be at least 56 pixels so that a shape can be told from another, got {side}")
+    if not 0 < text_scale <= 1:
+        raise ValueError(
+            f"text_scale must be above 0 and at most 1, the scale at which text still fits, got {text_scale}"
+        )
     rng = random.Random(f"scenes-{seed}-{split}-{index}")
     while True:
-        text, things = _sample_content(rng, side)
+        text, things = _sample_content(rng, side, text_scale)
         if len(things) >= 2 and _split_of(_content_hash(things, text)) == split:
             return Scene(split, index, side, _sample_background(rng), things, text)
 
@@ -186,10 +194,10 @@ def _split_of(content_hash: str) -> str:
     return _HELD_OUT_BUCKETS.get(int(content_hash[:8], 16) % 10, "train")
 
 
-def _sample_content(rng: random.Random, side: int) -> tuple[PrintedText | None, tuple[Thing, ...]]:
+def _sample_content(rng: random.Random, side: int, text_scale: float) -> tuple[PrintedText | None, tuple[Thing, ...]]:
     scale = side / REFERENCE_SIDE
     boxes: list[tuple[int, int, int, int]] = []
-    text = _sample_text(rng, side) if rng.random() < 0.45 else None
+    text = _sample_text(rng, side, text_scale) if rng.random() < 0.45 else None
     if text:
         boxes.append(text.box)
     weights = [THEMES[theme].get(shape, 1) for theme in [rng.choice(tuple(THEMES))] for shape in SHAPES]
@@ -208,9 +216,9 @@ def _sample_content(rng: random.Random, side: int) -> tuple[PrintedText | None, 
     return text, tuple(things)
 
 
-def _sample_text(rng: random.Random, side: int) -> PrintedText:
+def _sample_text(rng: random.Random, side: int, text_scale: float) -> PrintedText:
     text = rng.choice(WORDS) if rng.random() < 0.6 else rng.choice(NUMBERS)
-    points = round(rng.randint(27, 33) * side / REFERENCE_SIDE)
+    points = max(1, round(rng.randint(27, 33) * side / REFERENCE_SIDE * text_scale))
     place = _find_place(rng, *_ink_extent(text, points), side, [])
     if place is None:
         raise ValueError(f"the text {text!r} at {points} points does not fit into a picture of {side} pixels")

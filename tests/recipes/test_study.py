@@ -8,8 +8,10 @@ import yaml
 from rich.console import Console
 
 import mllm_vision.recipes.study as module
-from mllm_vision.recipes.recipe import recipe_names
-from mllm_vision.recipes.study import STUDIES, load_study, report, run_study, study_names
+from mllm_vision.eval.tasks.scenes import Scenes
+from mllm_vision.recipes.recipe import load_recipe, recipe_names
+from mllm_vision.recipes.study import STUDIES, load_study, prompt_cost, report, run_study, study_names
+from mllm_vision.recipes.uhd_tower import UHDTowerSpec, with_uhd_tower
 
 SHORT = [
     f"stages.{stage}.arguments.{field}"
@@ -53,7 +55,36 @@ def test_each_arm_has_its_seeds_scores_and_difference(record):
     assert stock["differences"]["mean of families"]["accuracy"] == {"value": 0.0, "low": 0.0, "high": 0.0}
     kernels, project = 2 * 192 * (5 * 5 + 10 * 10), 2 * 256
     assert added["parameters"] - stock["parameters"] == kernels + project
+    assert [arm["visual_tokens"] for arm in (stock, added)] == [100, 102]
+    assert all(added["flops"][step] > stock["flops"][step] for step in ("encode", "prefill", "first_token"))
+    assert [arm["held_out"] for arm in (stock, added)] == [[{"projector": None, "language": None}] * 2] * 2
     assert record["before"]["colour"]["accuracy"]["value"] > 0.5  # the trained checkpoint that both went on from
+
+
+def test_a_compressed_tower_costs_what_the_formulas_say():
+    model, processor = with_uhd_tower(UHDTowerSpec(base="tiny-llava-scenes", patch_size=14, merger_layers=[4]), 280)
+    cost = prompt_cost(model, processor, Scenes(questions=1, side=280))
+    c, hidden, width = 192, 768, 256
+
+    def layer(n):
+        return 2 * n * (4 * c * c + 2 * c * hidden) + 4 * n * n * c
+
+    merger, projector = 2 * 400 * (2 * c * c + c * c), 2 * 100 * (c * width + width * width)
+    tower = 2 * 400 * (3 * 14 * 14) * c + 5 * layer(400) + merger + 4 * layer(100)
+    assert cost["visual_tokens"] == 100
+    assert cost["flops"]["encode"] == tower + projector
+    assert cost["flops"]["first_token"] == cost["flops"]["encode"] + cost["flops"]["prefill"]
+    assert not hasattr(model, "vision_slots"), "the model is left as it was"
+
+
+def test_what_the_last_look_at_validation_scenes_found_is_on_record(tmp_path):
+    for name, curve in (("tower", [{"step": 2, "noun": 0.1}, {"step": 4, "noun": 0.5}]), ("answers", [])):
+        (tmp_path / name).mkdir()
+        stage = {"name": name, "curve": curve, "seconds": 7}
+        (tmp_path / name / "stage.json").write_text(json.dumps(stage))
+    run = load_recipe("tiny_large_scenes", [f"output={tmp_path}"])
+    assert module._held_out(run) == {"tower": {"step": 4, "noun": 0.5}, "answers": None}
+    assert module._seconds(run) == 14
 
 
 def test_a_study_goes_on_where_it_was(plan, record, monkeypatch):

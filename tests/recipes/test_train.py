@@ -4,10 +4,15 @@ import json
 
 import pytest
 import torch
-from transformers import AutoProcessor, LlavaForConditionalGeneration, TrainerCallback
+from transformers import AutoProcessor, LlavaForConditionalGeneration, TrainerCallback, TrainingArguments
 
+import mllm_vision as mv
+import mllm_vision.recipes.publish as publish_module
 import mllm_vision.recipes.train as train_module
+from mllm_vision.eval import evaluate
+from mllm_vision.recipes.recipe import load_recipe
 from mllm_vision.recipes.train import train
+from mllm_vision.scenes import render, sample_scene
 
 _STAGE = """
   - name: {name}
@@ -27,8 +32,8 @@ TOY = (
 output: nowhere
 seed: 0
 scored_per_family: 4
+side: 70
 model:
-  side: 70
   vision: {image_size: 70, patch_size: 14, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 3,
            num_attention_heads: 2}
   text: {hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2,
@@ -114,6 +119,52 @@ def test_the_published_model_is_half_on_disk_single_in_memory_and_tells_its_scor
     assert facts["scores"]["colour"]["n"] == 4
     card = (unbroken / "README.md").read_text()
     assert f"| colour | 4 | {facts['scores']['colour']['accuracy']:.3f} |" in card
+
+
+def test_a_run_goes_on_with_the_tower_as_a_vit_uhd(toy, unbroken, tmp_path, monkeypatch):
+    tasks = []
+
+    def asked(model, processor, task, **kwargs):
+        tasks.append(task)
+        return evaluate(model, processor, task, **kwargs)
+
+    for module in (train_module, publish_module):
+        monkeypatch.setattr(module, "evaluate", asked)
+    changed = [
+        f"model={{base: {unbroken}, patch_size: 7, merger_layers: [0]}}",
+        *("side=112", "text_scale=0.75", f"output={tmp_path / 'uhd'}"),
+        *(
+            f"stages.{name}.arguments.{field}"
+            for name in ("tower", "language")
+            for field in ("eval_steps=3", "max_steps=3")
+        ),
+        "stages.language.arguments.eval_strategy=steps",
+    ]
+    model, processor = mv.load(train(toy, changed))
+    assert [(task.split, task.side, task.text_scale) for task in tasks] == [
+        ("validation", 112, 0.75),
+        ("test", 112, 0.75),
+    ]
+    assert model.config.vision_config.merger_layers == (0,)
+    seen = processor(images=render(sample_scene("test", 0, side=112)), text="<image>", return_tensors="pt")
+    assert (seen["input_ids"] == processor.image_token_id).sum() == (112 // 14) ** 2
+    first, last = weights(tmp_path / "uhd" / "tower"), model.state_dict()
+    merger = "model.vision_tower.layers.0.merger.score.weight"
+    assert first[merger].any(), "the merger has not learned"
+    assert torch.equal(first[merger].half().float(), last[merger])
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_every_stage_draws_the_scenes_of_its_recipe(toy, tmp_path, number):
+    plan = load_recipe(toy, ["side=112", "text_scale=0.75", "stages.tower.logit_scale=7"])
+    stage, (model, processor) = plan.stages[number], train_module._load(plan, None)
+    arguments = TrainingArguments(str(tmp_path), report_to="none")
+    trainer = train_module._OBJECTIVES[stage.objective](plan, stage, model, processor, arguments, 9)
+    for drawn, split in ((trainer.train_dataset, "train"), (trainer.eval_dataset, "validation")):
+        assert (drawn.split, drawn.side, drawn.text_scale) == (split, 112, 0.75)
+    if stage.objective == "patch_words":
+        assert trainer.model.logit_scale == 7
+        assert trainer.train_dataset.patch == 112 // 5  # the processor makes 5 x 5 tokens of any picture
 
 
 def test_only_what_a_stage_names_is_trained(unbroken):

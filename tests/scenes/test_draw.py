@@ -117,6 +117,25 @@ def test_all_texts_fit_and_all_kinds_appear():
     assert 0.35 < sum(scene.text is not None for scene in scenes) / len(scenes) < 0.55
 
 
+def test_text_scale_makes_the_print_smaller_and_nothing_else():
+    for i in range(60):
+        scene = sample_scene("train", i, side=280, text_scale=0.5)
+        for thing in scene.things:
+            low, high = SIZES[thing.size]
+            assert 2 * low <= thing.width <= 2 * high
+        if scene.text:
+            assert 27 <= scene.text.points <= 33  # as in a picture of half the side
+            left, top, right, bottom = scene.text.box
+            assert left >= 0 <= top and right <= 280 >= bottom
+    assert sample_scene("test", 4, text_scale=1.0) == sample_scene("test", 4)
+
+
+@pytest.mark.parametrize("scale", [0, -1, 1.5])
+def test_a_text_scale_that_cannot_be_drawn_is_named(scale):
+    with pytest.raises(ValueError, match=f"text_scale must be above 0 and at most 1.*got {scale}"):
+        sample_scene("train", 0, text_scale=scale)
+
+
 def test_render_gives_an_rgb_picture_of_the_asked_size():
     image = render(sample_scene("test", 0, side=98))
     assert isinstance(image, Image.Image)

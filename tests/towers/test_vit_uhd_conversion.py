@@ -130,6 +130,16 @@ def test_a_smooth_picture_embeds_alike_and_far_less_so_by_plain_resizing(source,
     assert plain_error > 0.25
 
 
+@torch.no_grad()
+def test_the_table_of_positions_is_resampled_to_the_grid_asked_for():
+    tower = siglip()
+    (table,) = (weight.T for name, weight in tower.state_dict().items() if name.endswith("position_embedding.weight"))
+    expected = interpolate(table.view(1, -1, CELLS, CELLS), (9, 11), mode="bicubic")[0].permute(1, 2, 0)
+    converted = ViTUHDModel.from_vit(tower, patch_size=5, merger_layers=(), position_grid=(9, 11))
+    assert converted.config.position_grid == (9, 11)
+    torch.testing.assert_close(converted.position_embedding, expected)
+
+
 def test_a_larger_kernel_makes_exactly_the_same_of_a_resized_patch():
     torch.manual_seed(0)
     kernel, patch = torch.randn(4, 3, 5, 5), torch.randn(1, 3, 5, 5)

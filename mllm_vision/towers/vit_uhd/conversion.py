@@ -43,7 +43,12 @@ class Pretrained:
 
 @torch.no_grad()
 def converted(
-    tower: PreTrainedModel, *, patch_size: int, merger_layers: Sequence[int], merger: str = "adaptive"
+    tower: PreTrainedModel,
+    *,
+    patch_size: int,
+    merger_layers: Sequence[int],
+    merger: str = "adaptive",
+    position_grid: tuple[int, int] | None = None,
 ) -> ViTUHDModel:
     """What `ViTUHDModel.from_vit` returns."""
     model_type = getattr(getattr(tower, "config", None), "model_type", type(tower).__name__)
@@ -54,7 +59,7 @@ def converted(
         )
     source = FAMILIES[model_type](tower)
     before = source.kernel.shape[-1]
-    rows, columns = (max(1, round(side * before / patch_size)) for side in source.positions.shape[:2])
+    rows, columns = position_grid or (max(1, round(n * before / patch_size)) for n in source.positions.shape[:2])
     config = ViTUHDConfig(
         **source.settings,
         patch_size=patch_size,

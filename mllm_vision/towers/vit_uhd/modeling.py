@@ -246,26 +246,40 @@ class ViTUHDModel(PreTrainedModel):
 
     @classmethod
     def from_vit(
-        cls, tower: PreTrainedModel, *, patch_size: int, merger_layers: Sequence[int], merger: str = "adaptive"
+        cls,
+        tower: PreTrainedModel,
+        *,
+        patch_size: int,
+        merger_layers: Sequence[int],
+        merger: str = "adaptive",
+        position_grid: tuple[int, int] | None = None,
     ) -> ViTUHDModel:
         """A pretrained tower as a ViT-UHD, to be trained further; patches embed alike, mergers start as averages.
 
-        The table of positions keeps covering the same picture. What has no place in a ViT-UHD is left out: the pooling
-        head of SigLIP, and the CLS token of CLIP with the norm behind it. Pictures for it come from
-        `ViTUHDImageProcessor.for_tower`, with the mean and deviation that the tower was trained with.
+        What has no place in a ViT-UHD is left out: the pooling head of SigLIP, and the CLS token of CLIP with the norm
+        behind it. Pictures for it come from `ViTUHDImageProcessor.for_tower`, with the mean and deviation that the
+        tower was trained with.
 
         Args:
             tower: Of SigLIP, SigLIP 2, CLIP or MoonViT, or a ViT-UHD without mergers; not modified.
             patch_size: Side of the new patches in pixels (paper: 14 or 16 become 10).
             merger_layers: As in `ViTUHDConfig` (paper: 4 and 18 of 27).
             merger: As in `ViTUHDConfig`.
+            position_grid: Rows and columns that the table of positions is resampled to; None for as many patches as
+                cover a picture of the size that the tower was trained on.
 
         Raises:
             ValueError: another kind of tower.
         """
         from mllm_vision.towers.vit_uhd.conversion import converted
 
-        return converted(tower, patch_size=patch_size, merger_layers=merger_layers, merger=merger)
+        return converted(
+            tower,
+            patch_size=patch_size,
+            merger_layers=merger_layers,
+            merger=merger,
+            position_grid=position_grid,
+        )
 
     @property
     def patch_size(self) -> int:

@@ -11,7 +11,7 @@ from mllm_vision.eval import evaluate
 from mllm_vision.eval.scores import Tallies, scored
 from mllm_vision.eval.tasks.scenes import Scenes, sample_questions
 from mllm_vision.recipes.publish import model_card
-from mllm_vision.scenes import FAMILIES, NEGATIVES, render
+from mllm_vision.scenes import FAMILIES, NEGATIVES, render, sample_scene
 
 CHECKPOINT = CHECKPOINTS / "tiny-llava-scenes"
 
@@ -55,6 +55,15 @@ def test_questions_are_the_same_every_time_and_fewer_are_the_first_of_more():
     assert asked != sample_questions("validation", "colour", 5)
     first = Scenes(questions=5, families="colour").load().examples[0]
     np.testing.assert_array_equal(np.asarray(first.images[0]()), np.asarray(render(asked[0][0])))
+
+
+def test_large_scenes_with_small_print_are_asked_about_as_they_are_drawn():
+    task = Scenes(questions=4, families="reading", side=280, text_scale=0.5)
+    questions = task.load()
+    assert questions.provenance == {"source": "scenes", "split": "test", "side": 280, "text_scale": 0.5, "seed": 0}
+    for example in questions.examples:
+        scene = sample_scene("test", int(example.id.split("-")[-1]), side=280, text_scale=0.5)
+        np.testing.assert_array_equal(np.asarray(example.images[0]()), np.asarray(render(scene)))
 
 
 @pytest.mark.parametrize(
