@@ -181,6 +181,17 @@ def test_the_square_behind_a_token_is_told_from_the_processor(checkpoints, side,
     assert (token_side(clip, side), token_side(uhd, side)) == expected
 
 
+def test_words_are_said_of_what_the_host_gives_the_language_model(model, processor):
+    rows = [PatchWordScenes("train", i, 1, SIDE, PATCH)[0] for i in range(2)]
+    batch, objective = PatchWordCollator(processor)(rows), PatchWords(model, processor, 1.0)
+    images = {name: value for name, value in batch.items() if name in ("pixel_values", "image_sizes")}
+    with torch.no_grad():
+        features = torch.stack(list(model.model.get_image_features(**images, return_dict=True).pooler_output))
+        said = (features @ objective.embeddings(objective.word_ids["noun"]).T).argmax(-1)
+        hits = objective(**{**batch, "noun": said})["hits"]
+    assert torch.equal(hits[:, 0, 0], hits[:, 0, 1])
+
+
 def test_a_pack_of_pictures_is_taught_as_each_alone(model, processor):
     rows = [PatchWordScenes("train", 0, 2, SIDE, PATCH)[i] for i in range(2)]
     objective, collate = PatchWords(model, processor, 1.0), PatchWordCollator(processor)
