@@ -104,12 +104,12 @@ class Slots(nn.Module):
     def match(self, model: PreTrainedModel, keep: Slots | None) -> None:
         """Bring new weights, which ``keep`` does not hold, to the model's dtype and its projector's device."""
         held = set() if keep is None else set(keep.modules())
-        projector = None if keep is None else keep.projection
-        device = compute_device(adapter_for(model.config).projector(model) if projector is None else projector)
+        own = adapter_for(model.config).projector(model)
+        beside = own if keep is None or keep.projection is None else keep.projection
         for method, place in zip(self.methods, self.places, strict=True):
             module = self.get_submodule(place)
             if method.needs_weights and module not in held:
-                module.to(device, model.dtype)
+                module.to(compute_device(beside), model.dtype)
                 log.warning(
                     "%s starts from %.3g million untrained weights: train vision_slots.%s before you trust an answer",
                     method.type,
