@@ -359,7 +359,12 @@ def test_a_quantised_model_comes_back_with_weights_that_were_added_to_it(tmp_pat
     again = AutoModelForImageTextToText.from_pretrained(tmp_path / "slotted")
     assert type(again.model.multi_modal_projector.linear_1).__name__ == "Linear4bit"
     assert type(again.vision_slots.projector.project).__name__ == "Linear"
-    assert_close(again(**inputs).logits, model(**inputs).logits)
+    stored = again.state_dict()  # with what quantisation keeps beside its weights
+    for name, weight in model.state_dict().items():
+        assert torch.equal(stored.pop(name), weight), name
+    assert not stored
+    # 4-bit products of the same weights are 1.5e-3 apart at times: on a processor they are made in bf16.
+    assert_close(again(**inputs).logits, model(**inputs).logits, rtol=0, atol=1e-2)
     assert mv.remove(model).config.quantization_config.llm_int8_skip_modules is None
 
 
