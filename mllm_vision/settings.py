@@ -29,23 +29,22 @@ class Settings:
         hints = get_type_hints(type(self))
         for field in dataclasses.fields(self):
             value, hint = getattr(self, field.name), hints[field.name]
-            if not _fits(value, hint):
-                raise ValueError(f"{field.name} must be {_words(hint)}, got {value!r}")
+            require_type(field.name, value, hint)
 
     def changed(self) -> dict[str, Any]:
         """The fields that differ from their defaults."""
-        fields = {f.name: (getattr(self, f.name), f.default) for f in dataclasses.fields(self)}
+        fields = {f.name: (getattr(self, f.name), _default(f)) for f in dataclasses.fields(self)}
         return {name: value for name, (value, default) in fields.items() if value != default}
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
         """The default of every field, "required" where there is none."""
-        return {f.name: "required" if f.default is MISSING else f.default for f in dataclasses.fields(cls)}
+        return {f.name: "required" if (d := _default(f)) is MISSING else d for f in dataclasses.fields(cls)}
 
     @classmethod
     def missing(cls, given: Iterable[str]) -> list[str]:
         """The fields without a default that are not among the ``given`` names."""
-        return [f.name for f in dataclasses.fields(cls) if f.default is MISSING and f.name not in given]
+        return [f.name for f in dataclasses.fields(cls) if _default(f) is MISSING and f.name not in given]
 
 
 def parse_spec(line: str) -> tuple[str, dict[str, Any]]:
@@ -88,8 +87,21 @@ def parse_value(text: str) -> Any:
         return float(Fraction(text)) if is_share else text
 
 
+def _default(field: dataclasses.Field[Any]) -> Any:
+    """A field's default, `MISSING` where it has none."""
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def require_type(name: str, value: Any, hint: Any) -> None:
+    """Raise ValueError where ``value``, called ``name``, is not of the type that ``hint`` says."""
+    if not _fits(value, hint):
+        raise ValueError(f"{name} must be {_words(hint)}, got {value!r}")
+
+
 def _fits(value: Any, hint: Any) -> bool:
     """Whether ``value`` is of a field's type: plain, a `Literal`, a list, a dict or a union. A bool is no number."""
+    if hint is Any:
+        return True
     if get_origin(hint) is Literal:
         return value in get_args(hint)
     if get_origin(hint) is list:
@@ -104,6 +116,8 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _words(hint: Any) -> str:
+    if hint is Any:
+        return "anything"
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(map(repr, get_args(hint)))
     if get_origin(hint) is list:

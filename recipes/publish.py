@@ -1,4 +1,6 @@
-"""Turn the last stage of a run into what is handed out: half-precision weights, scores, a model card."""
+"""Turn the last stage of a run into what is handed out: weights or an adapter, scores, a model card."""
+
+from __future__ import annotations
 
 import json
 import shutil
@@ -6,123 +8,153 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+import yaml
+from transformers import TrainingArguments
 
+import mllm_vision as mv
+from mllm_vision.convert import whole_folder
 from mllm_vision.eval.environment import environment
 from mllm_vision.eval.evaluation import evaluate
-from mllm_vision.eval.tasks.scenes import Scenes
+from mllm_vision.eval.task import parse_tasks
 from mllm_vision.recipes.recipe import Recipe
 
 SCORES = "scores.json"
 STAGE_RECORD = "stage.json"
 
 
-def publish(plan: Recipe, name: str, stages: list[Path], final: Path) -> None:
-    """Write the model of the last of `stages` to `final`, with its scores on the test split and a card made from them.
+def publish(plan: Recipe, name: str, stages: list[Path], final: Path, arguments: TrainingArguments) -> Path:
+    """Write the model of the last of `stages` to `final`, with its scores, if the recipe asks for any, and a card.
 
     Args:
         name: The recipe's name, for the card.
         stages: Folders of the finished stages, in order.
         final: A folder that does not exist; it appears only when all of it is written.
+        arguments: Say which of several processes writes; all of them answer questions.
+
+    Returns:
+        `final`.
     """
-    processor = AutoProcessor.from_pretrained(stages[-1])
-    model = AutoModelForImageTextToText.from_pretrained(stages[-1], dtype=torch.float16)
-    task = Scenes(questions=plan.scored_per_family, side=plan.side, text_scale=plan.text_scale)
+    records = [json.loads((stage / STAGE_RECORD).read_text(encoding="utf-8")) for stage in stages]
     facts = {
         "recipe": name,
         "seed": plan.seed,
+        "about": plan.about,
+        "card": plan.card,
         "note": plan.note,
-        "parameters": model.num_parameters(),
-        "stages": [json.loads((stage / STAGE_RECORD).read_text(encoding="utf-8")) for stage in stages],
-        "split": task.split,
-        "decoding": "greedy, at most 6 new tokens, exact match of the lower-cased answer",
-        "scores": evaluate(model.float(), processor, task, batch_size=32).tasks[task.name].values(),
+        "base": plan.base,
+        "methods": plan.methods,
+        "adapter": plan.stages[-1].lora is not None,
+        "parameters": records[-1]["parameters"],
+        "stages": records,
+        "task": plan.task,
+        "scores": _scores(plan, stages[-1], arguments.device),
         **environment(),
     }
-    partial = final.with_name(f"{final.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.half().save_pretrained(partial)
-    # Stored in half precision, computed in single: half is slow on a CPU, and the card's scores are those of single.
-    for config in (model.config, model.config.text_config, model.config.vision_config):
-        config.dtype = torch.float32
-    model.config.save_pretrained(partial)
-    processor.tokenizer.backend_tokenizer.no_padding()  # a property of the last batch that was asked, not of the model
-    processor.save_pretrained(partial)
-    (partial / SCORES).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    (partial / "README.md").write_text(model_card(facts), encoding="utf-8")
-    partial.rename(final)
+    if arguments.should_save:
+        with whole_folder(final) as folder:
+            if facts["adapter"]:
+                shutil.copytree(stages[-1], folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(STAGE_RECORD))
+            else:
+                _write_model(plan, stages[-1], folder)
+            (folder / SCORES).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+            (folder / "README.md").write_text(model_card(facts), encoding="utf-8")
+    return final
+
+
+def _scores(plan: Recipe, folder: Path, device: torch.device) -> dict[str, Any]:
+    """Of the weights as they will be published, in single precision on a processor, where half is slow."""
+    if plan.task is None:
+        return {}
+    model, processor = mv.load(folder, dtype=_stored(plan))
+    model = model.float() if device.type == "cpu" else model.to(device)
+    (task,) = parse_tasks(plan.task)
+    return evaluate(model, processor, task, batch_size=32, data=plan.data).tasks[task.name].values()
+
+
+def _write_model(plan: Recipe, trained: Path, folder: Path) -> None:
+    model, processor = mv.load(trained, dtype=_stored(plan))
+    model.save_pretrained(folder)
+    if _stored(plan) is torch.float16:  # on disk; in memory it is single, for half is slow on a processor
+        for config in (model.config, model.config.text_config, model.config.vision_config):
+            config.dtype = torch.float32
+        model.config.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def _stored(plan: Recipe) -> torch.dtype:
+    stored: torch.dtype = getattr(torch, plan.publish_dtype or plan.dtype)
+    return stored
 
 
 def model_card(facts: dict[str, Any]) -> str:
     """The model card; every number in it comes from `facts`, the content of `scores.json`."""
-    parts = [_CARD.format(**facts, title=facts["recipe"].replace("_", "-"), **_run(facts))]
-    parts.append("## Scores\n\nHeld-out scenes (test split), all visual tokens, " + facts["decoding"] + ".\n")
-    parts.append(_table(["family", "n", "accuracy", "precision", "recall", "F1", "yes-ratio"], _score_rows(facts)))
-    parts.append("\n## Learning curve\n\nValidation scenes; existence as F1, the others as accuracy.\n")
+    front = {"library_name": "peft" if facts["adapter"] else "transformers", "pipeline_tag": "image-text-to-text"}
+    lines = [
+        f"---\n{yaml.safe_dump({**facts['card'], **front}, sort_keys=False, default_flow_style=None)}---\n",
+        f"# {facts['recipe'].replace('_', '-')}\n",
+        *([facts["about"]] if facts["about"] else []),
+        _USE_ADAPTER if facts["adapter"] else _USE,
+        "## Training\n",
+        *(f"- {line}" for line in _run(facts)),
+    ]
+    if facts["scores"]:
+        lines.append(f"\n## Scores\n\n`{facts['task']}`, all visual tokens, greedy.\n")
+        lines.append(_table(["family", *_COLUMNS], _score_rows(facts)))
+    if any(stage["curve"] for stage in facts["stages"]):
+        lines.append("\n## Learning curve\n\nHeld-out rows; existence as F1, the other families as accuracy.\n")
     for stage in facts["stages"]:
-        parts.append(f"\nStage `{stage['name']}`:\n")
-        parts.append(_curve(stage["curve"]))
-    return "\n".join(parts) + "\n"
+        if stage["curve"]:
+            lines.append(f"\nStage `{stage['name']}`:\n")
+            lines.append(_curve(stage["curve"]))
+    return "\n".join(lines) + "\n"
 
 
-_CARD = """\
----
-license: apache-2.0
-library_name: transformers
-pipeline_tag: image-text-to-text
-tags: [tiny, synthetic]
----
-
-# {title}
-
-A stock LLaVA-style model of {millions:.1f} million parameters that answers short questions about drawn
-scenes: is there a star, how many, of which colour, left or right of what, what is written. It is small enough for tests
-and demonstrations on a laptop and good enough to show what the pruning of visual tokens costs. It knows nothing about
-photographs.
-
+_USE = """\
 ```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-model = AutoModelForImageTextToText.from_pretrained(folder)  # float16 on disk, float32 in memory
+model = AutoModelForImageTextToText.from_pretrained(folder)
 processor = AutoProcessor.from_pretrained(folder)
 ```
+"""
+_USE_ADAPTER = """\
+```python
+import mllm_vision as mv
+from mllm_vision.convert import whole_folder
 
-## Training
-
-- Data: `mllm_vision.scenes`, drawn on the fly; train, validation and test share no scene (a hash of what a scene holds
-  decides its split).
-- Command: `mllm-vision train {recipe}`, seed {seed}.
-- Hardware: {hardware_line}.
-- Wall time: {time_line}.
-- Versions: {version_line}.
-- First stage, in place of CLIP's pretraining: every patch learns the words of what lies under it (labels of the
-  generator), so its features speak the word embeddings of the language model. The scores below profit from such labels,
-  which photographs do not have.
-- Licence: Apache-2.0.
-{note_line}"""
+model, processor = mv.load(folder)  # the model it was trained on, its methods and this adapter
+```
+"""
+_COLUMNS = {"n": "n", "accuracy": "accuracy", "precision": "precision", "recall": "recall", "F1": "f1", "yes-ratio": "yes_ratio"}
 
 
-def _run(facts: dict[str, Any]) -> dict[str, Any]:
+def _run(facts: dict[str, Any]) -> list[str]:
     hardware = facts["hardware"]
-    times = [
-        f"{stage['name']} {stage['seconds'] / 60:.0f} min" if stage["seconds"] else f"{stage['name']} not measured"
-        for stage in facts["stages"]
+    seconds = {stage["name"]: stage["seconds"] for stage in facts["stages"]}
+    times = [f"{name} {s / 60:.0f} min" if s is not None else f"{name} not measured" for name, s in seconds.items()]
+    total = f" = {sum(seconds.values()) / 60:.0f} min" if None not in seconds.values() and len(seconds) > 1 else ""
+    lines = [
+        f"Command: `mllm-vision train {facts['recipe']}`, seed {facts['seed']}.",
+        f"Hardware: {hardware['threads']} threads of {hardware['cpu']}, {hardware['gpus'] or 'no GPU'}.",
+        f"Wall time: {' + '.join(times)}{total}.",
+        "Versions: " + ", ".join(f"{package} {number}" for package, number in facts["versions"].items()) + ".",
+        f"Parameters: {facts['parameters'] / 1e6:.1f} million.",
     ]
-    seconds = [stage["seconds"] for stage in facts["stages"]]
-    total = f" = {sum(seconds) / 60:.0f} min" if all(seconds) else ""
-    return {
-        "millions": facts["parameters"] / 1e6,
-        "hardware_line": f"{hardware['threads']} threads of {hardware['cpu']}, {hardware['gpus'] or 'no GPU'}",
-        "time_line": " + ".join(times) + total,
-        "note_line": f"- Note: {facts['note']}\n" if facts["note"] else "",
-        "version_line": ", ".join(f"{package} {number}" for package, number in facts["versions"].items()),
-    }
+    if facts["base"]:
+        lines.insert(0, f"Goes on from `{facts['base']}`.")
+    if facts["methods"]:
+        lines.append(f"Methods: `{json.dumps(facts['methods'])}`.")
+    if facts["note"]:
+        lines.append(f"Note: {facts['note']}")
+    return lines
 
 
 def _score_rows(facts: dict[str, Any]) -> list[list[str]]:
-    columns = ("accuracy", "precision", "recall", "f1", "yes_ratio")
+    def cell(value: float) -> str:
+        return f"{value:.3f}" if isinstance(value, float) else str(value)
+
     return [
-        [family, str(score["n"]), *(f"{score[column]:.3f}" if column in score else "" for column in columns)]
+        [family, *(cell(score[column]) if column in score else "" for column in _COLUMNS.values())]
         for family, score in facts["scores"].items()
     ]
 

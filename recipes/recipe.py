@@ -1,130 +1,184 @@
-"""A recipe: the YAML of a training run, read strictly. Unknown keys are errors that list the known ones."""
+"""A recipe: the YAML of a training run, read strictly. What cannot be is said before anything is loaded."""
 
-import dataclasses
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
-from transformers import TrainingArguments
 
+from mllm_vision.eval.task import parse_tasks
+from mllm_vision.recipes.assembly import AssemblySpec
+from mllm_vision.recipes.stages import STAGES, ConversationsStage, PatchWordsStage, Stage
+from mllm_vision.recipes.tiny_model import NewModelSpec
 from mllm_vision.recipes.uhd_tower import UHDTowerSpec
 from mllm_vision.registry import MethodConfig
 from mllm_vision.scenes.draw import REFERENCE_SIDE
+from mllm_vision.settings import Settings
 
 RECIPES = Path(__file__).parent
-OBJECTIVES = ("patch_words", "answers")
-_SET_BY_RECIPE = ("output_dir", "seed", "data_seed")
+_SUFFIXES = (".yaml", ".yml")
 
 
 @dataclass(kw_only=True)
-class ModelSpec:
-    """Sizes of a new model: fields of `CLIPVisionConfig` and of `LlamaConfig`."""
-
-    vision: dict[str, Any]
-    text: dict[str, Any]
-
-
-@dataclass(kw_only=True)
-class Stage:
-    """What one stage learns, from which scenes, with which parameters.
-
-    Args:
-        objective: "patch_words" (what lies under each patch) or "answers" (questions and captions).
-        trains: Names of submodules whose parameters are trained; all others are frozen.
-        first_scene: Index of the first training scene. Stages with ranges apart see different pictures.
-        turns: For "answers": questions a picture, by family.
-        logit_scale: For "patch_words": what the product of a feature and the embedding of a word is multiplied by. Word
-            embeddings of a new model have a length of 0.02 * sqrt(256) = 0.3: a feature that is the sum of its words
-            scores 10 at 100. In a trained model both have grown; 1 leaves its features as long as they are.
-        arguments: Fields of `transformers.TrainingArguments`.
-    """
-
-    name: str
-    objective: str
-    trains: list[str]
-    first_scene: int = 0
-    turns: dict[str, float] = field(default_factory=dict)
-    logit_scale: float = 100.0
-    arguments: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
-
-
-@dataclass(kw_only=True)
-class Recipe:
+class Recipe(Settings):
     """A training run.
 
     Args:
         output: Folder of checkpoints, finished stages and the final model.
-        model: Sizes of a new model, or the checkpoint to go on from: a folder or "tiny-llava-scenes", as it is or with
-            its tower as a ViT-UHD.
-        side: Width and height in pixels of the scenes to learn from and to be scored on.
-        text_scale: As in `sample_scene`.
-        methods: What is plugged into it, as `config.json` stores it; weights of methods are trained in every stage.
-        scored_per_family: Test questions per family for the model card.
+        model: What the run begins with: a folder, a hub id or "tiny-llava-scenes", as it is or with its tower as a
+            ViT-UHD; a tower and a language model to join; or the sizes of a new model.
+        stages: One after the other.
+        methods: What is plugged into the model, as `config.json` stores it; their weights are trained in every stage.
+        dtype: Of the weights. Mixed precision (float32 weights, bfloat16 arithmetic) is ``bf16`` among a stage's arguments.
+        quantize: Precision of the language model's frozen weights, for LoRA: 4-bit "nf4" or "int8".
+        attention: Implementation of attention, as for `from_pretrained`; None is the default.
+        publish_dtype: Of the weights as written at the end; None is ``dtype``.
+        task: A benchmark that the final model is scored on, as "scenes:questions=500".
+        data: Folder of the benchmark's data, as for `mllm-vision eval`; None is the hub.
+        side: Width and height in pixels of drawn scenes and, for a ViT-UHD, of pictures.
+        text_scale: Of drawn scenes, as in `sample_scene`.
+        about: What the model is, for the model card: Markdown.
+        card: Entries at the head of the model card, as ``license``.
         note: What a reader of the model card must know about the run; printed there as it stands.
         overwrite: Drop what an earlier run left in `output`.
+
+    Raises:
+        ValueError: what cannot be, before anything is loaded.
     """
 
     output: str
     seed: int
-    model: ModelSpec | UHDTowerSpec | str
+    model: str | NewModelSpec | UHDTowerSpec | AssemblySpec
     stages: list[Stage]
+    methods: list[dict[str, Any]] = field(default_factory=list)
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    quantize: Literal["nf4", "int8"] | None = None
+    attention: str | None = None
+    publish_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    task: str | None = None
+    data: str | None = None
     side: int = REFERENCE_SIDE
     text_scale: float = 1.0
-    methods: list[dict[str, Any]] = field(default_factory=list)
-    scored_per_family: int = 500
+    about: str = ""
+    card: dict[str, Any] = field(default_factory=dict)
     note: str = ""
     overwrite: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.stages:
             raise ValueError("a recipe needs at least one stage")
-        for method in self.methods:
-            MethodConfig.from_dict(method)
+        if self.task is not None and len(parse_tasks(self.task)) != 1:
+            raise ValueError(f"task must be one benchmark, got {self.task!r}")
+        plugged = [MethodConfig.from_dict(method) for method in self.methods]
+        names = [stage.name for stage in self.stages]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"stages: two are called {', '.join(twice)}")
+        for stage in self.stages:
+            where = f"stages.{stage.name}"
+            if not stage.trains and stage.lora is None and not any(method.needs_weights for method in plugged):
+                raise ValueError(f"{where} trains nothing: name parts in trains, give it lora, or plug in weights")
+            if stage.lora is not None and stage is not self.stages[-1]:
+                raise ValueError(f"{where}: LoRA is for the last stage, whose result is an adapter; merge it to go on")
+            if isinstance(stage, ConversationsStage) and stage.pack and plugged:
+                raise ValueError(f"{where}.pack: prompts that methods change cannot be packed; take out one or the other")
+            if self.quantize is not None and isinstance(stage, PatchWordsStage):
+                raise ValueError(f"{where}: a quantised model learns by LoRA, not from the words of patches")
+        if self.quantize is not None:
+            self._check_quantised()
+
+    def _check_quantised(self) -> None:
+        if isinstance(self.model, NewModelSpec):
+            raise ValueError("quantize: a new model has no weights to be frozen and quantised")
+        for stage in self.stages:
+            if frozen := [name for name in stage.trains if name not in ("tower", "projector")]:
+                raise ValueError(
+                    f"stages.{stage.name}.trains: quantised weights cannot be trained, got {', '.join(frozen)}; "
+                    "give the language model lora"
+                )
 
     @property
     def base(self) -> str | None:
-        """The checkpoint to go on from, None for a new model."""
+        """The checkpoint to go on from, None for a new or an assembled model."""
         if isinstance(self.model, UHDTowerSpec):
             return self.model.base
         return self.model if isinstance(self.model, str) else None
 
 
 def recipe_names() -> list[str]:
+    """The recipes that come with the library."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-def load_recipe(recipe: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+def recipe_file(recipe: str | Path) -> Path:
+    """The YAML file of a recipe, by its name or its path.
+
+    Raises:
+        FileNotFoundError: there is none; the message lists those there are.
+    """
+    path = Path(recipe) if Path(recipe).suffix in _SUFFIXES else RECIPES / f"{recipe}.yaml"
+    if not path.is_file():
+        raise FileNotFoundError(f"no recipe {str(recipe)!r}; there are {', '.join(recipe_names())}, or name a YAML file")
+    return path
+
+
+def recipe_title(recipe: str) -> str:
+    """What a recipe of the library is for: the first sentence of its header."""
+    lines = recipe_file(recipe).read_text(encoding="utf-8").partition("\n#\n")[0].splitlines()
+    return " ".join(line.lstrip("# ") for line in lines)
+
+
+def copy_recipe(recipe: str, folder: str | Path) -> Path:
+    """Copy a recipe of the library to ``folder``, to change it there.
+
+    Raises:
+        FileNotFoundError: an unknown recipe.
+        FileExistsError: there is a file of its name already.
+    """
+    source = recipe_file(recipe)
+    target = Path(folder) / source.name
+    if target.exists():
+        raise FileExistsError(f"{target} exists; move it away first")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return Path(shutil.copyfile(source, target))
+
+
+def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe.
 
     Args:
         recipe: A name from `recipe_names()` or the path of a YAML file.
         overrides: `key=value` with a dotted key and a YAML value; a stage is addressed by its name:
             `stages.tower.arguments.max_steps=10`.
+
+    Raises:
+        FileNotFoundError: an unknown recipe.
+        ValueError: an unknown key, a value of the wrong type, or a contradiction.
     """
-    path = Path(recipe) if Path(recipe).suffix in (".yaml", ".yml") else RECIPES / f"{recipe}.yaml"
-    if not path.is_file():
-        raise FileNotFoundError(f"no recipe {recipe!r}; there are {', '.join(recipe_names())}, or name a YAML file")
-    raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    path = recipe_file(recipe)
+    raw = _read(path.read_text(encoding="utf-8"))
     for override in overrides:
         _override(raw, override)
-    fields = dict(_checked(Recipe, raw, str(path)))
-    if not isinstance(fields["model"], str):
-        kind = UHDTowerSpec if isinstance(fields["model"], dict) and "base" in fields["model"] else ModelSpec
-        fields["model"] = kind(**_checked(kind, fields["model"], "model"))
-    if not isinstance(fields["stages"], list):
-        raise ValueError(f"stages must be a list, got {type(fields['stages']).__name__}")
-    fields["stages"] = [Stage(**_checked(Stage, stage, "stages")) for stage in fields["stages"]]
-    for stage in fields["stages"]:
-        known = [f.name for f in dataclasses.fields(TrainingArguments) if f.init and f.name not in _SET_BY_RECIPE]
-        _check_keys(stage.arguments, known, f"stages.{stage.name}.arguments")
-        if stage.arguments.get("max_steps", 0) < 1:
-            raise ValueError(f"stages.{stage.name}.arguments needs max_steps of at least 1: scenes have no epochs")
-    return Recipe(**fields)
+    return _built(Recipe, raw, str(path))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 takes 1e-4 for a string; here it is the number that everybody means."""
+
+
+_Loader.yaml_implicit_resolvers = dict(yaml.SafeLoader.yaml_implicit_resolvers)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _read(text: str) -> Any:
+    return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
 
 
 def _override(raw: dict[str, Any], override: str) -> None:
@@ -145,34 +199,37 @@ def _override(raw: dict[str, Any], override: str) -> None:
             raise ValueError(f"{key}: unknown key {part!r}; there are {', '.join(map(str, node))}")
     if not isinstance(node, dict):
         raise ValueError(f"{key}: {'.'.join(path)} has no keys to override")
-    node[last] = _value(value)
+    node[last] = _read(value)
 
 
-def _value(text: str) -> Any:
-    """A YAML value; also a number like 1e-4, which YAML 1.1 takes for a string."""
-    value = yaml.safe_load(text)
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
-def _checked(kind: type, mapping: Any, where: str) -> dict[str, Any]:
-    if not isinstance(mapping, dict):
-        raise ValueError(f"{where} must be a mapping of keys to values, got {type(mapping).__name__}")
-    _check_keys(mapping, [f.name for f in dataclasses.fields(kind)], where)
-    required = [
-        f.name
-        for f in dataclasses.fields(kind)
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
-    if missing := [name for name in required if name not in mapping]:
+def _built(kind: type[Settings], raw: Any, where: str) -> Any:
+    """Settings of a kind from a mapping, with the settings that they are made of."""
+    if not isinstance(raw, dict):
+        raise ValueError(f"{where} must be a mapping of keys to values, got {type(raw).__name__}")
+    hints = get_type_hints(kind)
+    valid = list(kind.defaults())
+    if unknown := sorted(set(raw) - set(valid)):
+        raise ValueError(f"{where}: unknown key {', '.join(unknown)}; valid keys are {', '.join(valid)}")
+    if missing := kind.missing(raw):
         raise ValueError(f"{where} lacks {', '.join(missing)}")
-    return mapping
+    return kind(**{name: _value(hints[name], value, name) for name, value in raw.items()})
 
 
-def _check_keys(mapping: dict[str, Any], known: list[str], where: str) -> None:
-    if unknown := sorted(set(mapping) - set(known)):
-        raise ValueError(f"{where}: unknown key {', '.join(unknown)}; valid keys are {', '.join(known)}")
+def _value(hint: Any, value: Any, where: str) -> Any:
+    """A value, or the settings that a mapping stands for where a field holds settings."""
+    if get_origin(hint) is list and isinstance(value, list):
+        return [_value(*get_args(hint), item, where) for item in value]
+    if hint is Stage:
+        return _stage(value)
+    kinds = [kind for kind in (get_args(hint) or (hint,)) if isinstance(kind, type) and issubclass(kind, Settings)]
+    if not kinds or not isinstance(value, dict):
+        return value
+    best = max(kinds, key=lambda kind: len(set(value) & set(kind.defaults())))
+    return _built(best, value, where)
+
+
+def _stage(raw: Any) -> Stage:
+    if not isinstance(raw, dict) or raw.get("objective") not in STAGES:
+        got = repr(raw.get("objective")) if isinstance(raw, dict) else type(raw).__name__
+        raise ValueError(f"a stage's objective must be one of {', '.join(STAGES)}, got {got}")
+    return _built(STAGES[raw["objective"]], raw, f"stages.{raw.get('name')}")

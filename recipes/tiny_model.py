@@ -1,6 +1,7 @@
 """The untrained `tiny-llava`: a stock LLaVA small enough to train on a CPU, with its own tokenizer and processor."""
 
 import string
+from dataclasses import dataclass
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -15,6 +16,7 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from mllm_vision.scenes.draw import COLOURS, SHAPES, SIZES, TEXTS, TEXTURES
+from mllm_vision.settings import Settings
 
 BACKGROUND, CENTRE, REST = "background", "centre", "rest"  # words for patches that carry no thing, its middle, the rest
 CHAT_TEMPLATE = (
@@ -33,6 +35,14 @@ many word number text say show written printed describe list picture image thing
 left right above below
 """
 _SPACE = "▁"
+
+
+@dataclass(kw_only=True)
+class NewModelSpec(Settings):
+    """Sizes of a new model: fields of `CLIPVisionConfig` and of `LlamaConfig`."""
+
+    vision: dict[str, Any]
+    text: dict[str, Any]
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

@@ -1,56 +1,49 @@
 """The training entry point: run the stages of a recipe with the transformers Trainer and write the final model.
 
 A run can be killed and started again at any time: finished stages are kept, an unfinished one goes on from its latest
-checkpoint. A finished run is never overwritten unasked.
+checkpoint. A finished run is never overwritten unasked. Any number of processes (`accelerate launch -m mllm_vision train
+...`, or `torchrun`) do one run together.
 """
+
+from __future__ import annotations
 
 import dataclasses
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
-from transformers import (
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    EvalPrediction,
-    PreTrainedModel,
-    ProcessorMixin,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
-from transformers.trainer_utils import get_last_checkpoint
+from peft import PeftModel
+from transformers import PreTrainedModel, ProcessorMixin, TrainingArguments, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 import mllm_vision as mv
-from mllm_vision.eval.evaluation import evaluate
-from mllm_vision.eval.tasks.scenes import Scenes
-from mllm_vision.recipes.objectives import (
-    HITS,
-    AnswerCollator,
-    AnswerScenes,
-    PatchWordCollator,
-    PatchWords,
-    PatchWordScenes,
-    token_side,
-)
+from mllm_vision.adapter_folder import save_adapter
+from mllm_vision.convert import whole_folder
+from mllm_vision.host import PARTS, adapter_for, inside
+from mllm_vision.recipes.assembly import AssemblySpec, assemble
+from mllm_vision.recipes.disk import require_room
+from mllm_vision.recipes.lora import with_lora
 from mllm_vision.recipes.publish import STAGE_RECORD, publish
-from mllm_vision.recipes.recipe import Recipe, Stage, load_recipe
-from mllm_vision.recipes.tiny_model import build_model, build_processor
-from mllm_vision.recipes.uhd_tower import UHDTowerSpec, with_uhd_tower
+from mllm_vision.recipes.quantisation import quantised
+from mllm_vision.recipes.recipe import Recipe, load_recipe
+from mllm_vision.recipes.stage_trainers import trainer_for
+from mllm_vision.recipes.stages import ConversationsStage, Stage
+from mllm_vision.recipes.tiny_model import NewModelSpec, build_model, build_processor
+from mllm_vision.recipes.trainer import JSONLog, RecipeTrainer
+from mllm_vision.recipes.uhd_tower import with_uhd_tower
 from mllm_vision.registry import MethodConfig
-from mllm_vision.slotted import SlottedModel
 
-_HELD_OUT = 160  # validation scenes looked at during training
-_ASKED = 60  # questions a family during training
 _RECORD = "recipe.yaml"
+_BASE = "base"
 
 
-def train(recipe: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Path:
+def train(recipe: str | Path, overrides: Sequence[str] = ()) -> Path:
     """Run a recipe, or go on with it where it stopped.
 
     Args:
@@ -58,25 +51,50 @@ def train(recipe: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Pa
         overrides: `key=value` pairs, see `load_recipe`.
 
     Returns:
-        The folder `<output>/model` with model, tokenizer and processor, ready for `from_pretrained`.
+        The folder `<output>/model` with model, tokenizer and processor, ready for `from_pretrained` or, where the last
+        stage had LoRA, an adapter on top of the model that the run began with, ready for `mllm_vision.load`.
 
     Raises:
         FileExistsError: The output holds a finished run, a run of another recipe, or something that is no run.
+        FloatingPointError: A loss that is no number.
+        OSError: The output cannot be written to, or has no room for what the run will save.
     """
     plan = load_recipe(recipe, overrides)
     output = Path(plan.output)
-    final = output / "model"
-    _claim(plan, output)
+    arguments = {stage.name: training_arguments(plan, stage) for stage in plan.stages}
+    first = arguments[plan.stages[0].name]
+    if first.should_save:
+        _claim(plan, output)
     set_seed(plan.seed)
+    with first.main_process_first():
+        source = _beginning(plan, output)
     stages: list[Path] = []
     for stage in plan.stages:
         done = output / stage.name
         if not done.is_dir():
-            model, processor = _load(plan, stages[-1] if stages else None)
-            _run_stage(plan, stage, model, processor, done)
+            model, processor = _load(plan, stages[-1] if stages else source)
+            base = stages[-1] if stages and not _retrains_all(plan, stage) else source
+            _run_stage(plan, stage, model, processor, arguments[stage.name], done, str(base))
         stages.append(done)
-    publish(plan, Path(recipe).stem, stages, final)
-    return final
+    return publish(plan, Path(recipe).stem, stages, output / "model", first)
+
+
+def training_arguments(plan: Recipe, stage: Stage) -> TrainingArguments:
+    """What the Trainer is told in a stage."""
+    return TrainingArguments(
+        **{
+            "report_to": "none",
+            "eval_strategy": "no" if isinstance(stage, ConversationsStage) else "steps",
+            "per_device_eval_batch_size": 32,
+            "save_total_limit": 1,
+            "remove_unused_columns": False,
+            "disable_tqdm": False,
+            "dataloader_pin_memory": torch.cuda.is_available(),
+            **stage.arguments,
+        },
+        output_dir=str(_checkpoints(Path(plan.output) / stage.name)),
+        seed=plan.seed,
+    )
 
 
 def _claim(plan: Recipe, output: Path) -> None:
@@ -96,138 +114,132 @@ def _claim(plan: Recipe, output: Path) -> None:
     record.write_text(wanted, encoding="utf-8")
 
 
-def _load(plan: Recipe, previous: Path | None) -> tuple[PreTrainedModel, ProcessorMixin]:
-    if previous is not None:
-        return AutoModelForImageTextToText.from_pretrained(previous), AutoProcessor.from_pretrained(previous)
-    methods = [MethodConfig.from_dict(method) for method in plan.methods]
+def _beginning(plan: Recipe, output: Path) -> str | Path:
+    """The checkpoint that the first stage loads: the recipe's own, or one that is made for this run."""
     if isinstance(plan.model, str):
-        return mv.load(plan.model, *methods)
-    if isinstance(plan.model, UHDTowerSpec):
-        model, processor = with_uhd_tower(plan.model, plan.side)
-    else:
-        processor = build_processor(plan.model.vision["image_size"], plan.model.vision["patch_size"])
-        model = build_model(plan.model.vision, plan.model.text, processor)
-    return (mv.apply(model, *methods) if methods else model), processor
+        return plan.model
+    base = output / _BASE
+    if not base.is_dir():
+        dtype = getattr(torch, plan.dtype)
+        if isinstance(plan.model, NewModelSpec):
+            processor = build_processor(plan.model.vision["image_size"], plan.model.vision["patch_size"])
+            model = build_model(plan.model.vision, plan.model.text, processor)
+        elif isinstance(plan.model, AssemblySpec):
+            model, processor = assemble(plan.model)
+        else:
+            model, processor = with_uhd_tower(plan.model, plan.side)
+        with whole_folder(base) as partial:
+            model.to(dtype).save_pretrained(partial)
+            processor.save_pretrained(partial)
+    return base
 
 
-def _run_stage(plan: Recipe, stage: Stage, model: PreTrainedModel, processor: ProcessorMixin, done: Path) -> None:
+def _load(plan: Recipe, source: str | Path) -> tuple[PreTrainedModel, ProcessorMixin]:
+    options: dict[str, Any] = {"dtype": getattr(torch, plan.dtype)}
+    if plan.attention is not None:
+        options["attn_implementation"] = plan.attention
+    if plan.quantize is not None:
+        options["quantization_config"] = quantised(plan.quantize, source, options["dtype"])
+    return mv.load(source, *(MethodConfig.from_dict(method) for method in plan.methods), **options)
+
+
+def _run_stage(
+    plan: Recipe,
+    stage: Stage,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    arguments: TrainingArguments,
+    done: Path,
+    base: str,
+) -> None:
     """Train one stage and leave its model in `done`, which appears only when all of it is written."""
-    checkpoints = done.with_name(f"{stage.name}.checkpoints")
-    arguments = TrainingArguments(
-        **{
-            "report_to": "none",
-            "eval_strategy": "steps",
-            "per_device_eval_batch_size": 32,
-            "save_total_limit": 1,
-            "remove_unused_columns": False,
-            "disable_tqdm": False,
-            "dataloader_pin_memory": torch.cuda.is_available(),
-            **stage.arguments,
-        },
-        output_dir=str(checkpoints),
-        seed=plan.seed,
-    )
-    _freeze_all_but(model, stage.trains)
-    batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-    length = arguments.max_steps * batch  # scenes without end: no picture is seen twice
-    trainer = _OBJECTIVES[stage.objective](plan, stage, model, processor, arguments, length)
-    latest = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    _train_only(model, stage.trains)
+    trained = model if stage.lora is None else with_lora(model, stage.lora, stage.trains)
+    checkpoints = _checkpoints(done)
+    trainer = trainer_for(stage, plan, trained, processor, arguments)
+    trainer.add_callback(JSONLog(done.with_name(f"{stage.name}.log.jsonl")))
+    if arguments.should_save:
+        require_room(checkpoints, trained, arguments)
+    latest = _latest_checkpoint(checkpoints)
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=latest)
-    record = {
-        "name": stage.name,
-        "steps": trainer.state.global_step,
-        "pictures": length,
-        "seconds": None if latest else round(time.monotonic() - started),  # a resumed run has no one wall time
-        "curve": _held_out_curve(trainer.state.log_history),
-    }
-
+    seconds = None if latest else round(time.monotonic() - started)  # a resumed run has no one wall time
     partial = done.with_name(f"{stage.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.requires_grad_(True)
-    model.save_pretrained(partial)
-    processor.save_pretrained(partial)
-    (partial / STAGE_RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
-    partial.rename(done)
-    shutil.rmtree(checkpoints)
-
-
-def _patch_words_trainer(
-    plan: Recipe,
-    stage: Stage,
-    model: PreTrainedModel,
-    processor: ProcessorMixin,
-    arguments: TrainingArguments,
-    length: int,
-) -> Trainer:
-    scenes: dict[str, Any] = {
-        "side": plan.side,
-        "text_scale": plan.text_scale,
-        "patch": token_side(processor, plan.side),
-    }
-    arguments.label_names = ["summary"]
-    return Trainer(
-        PatchWords(model, processor, stage.logit_scale),
-        arguments,
-        data_collator=PatchWordCollator(processor),
-        train_dataset=PatchWordScenes("train", stage.first_scene, length, **scenes),
-        eval_dataset=PatchWordScenes("validation", 0, _HELD_OUT, **scenes),
-        compute_metrics=_patch_word_accuracy,
-    )
-
-
-def _answers_trainer(
-    plan: Recipe,
-    stage: Stage,
-    model: PreTrainedModel,
-    processor: ProcessorMixin,
-    arguments: TrainingArguments,
-    length: int,
-) -> Trainer:
-    scenes: dict[str, Any] = {"side": plan.side, "text_scale": plan.text_scale, "turns": stage.turns}
-    arguments.prediction_loss_only = True
-    return AnswerTrainer(
-        model,
-        arguments,
-        data_collator=AnswerCollator(processor, model.vision_slots.added if isinstance(model, SlottedModel) else 0),
-        train_dataset=AnswerScenes("train", stage.first_scene, length, **scenes),
-        eval_dataset=AnswerScenes("validation", 0, _HELD_OUT, **scenes),
-        processing_class=processor,
-        task=Scenes(questions=_ASKED, split="validation", side=plan.side, text_scale=plan.text_scale),
-    )
-
-
-_OBJECTIVES = {"patch_words": _patch_words_trainer, "answers": _answers_trainer}
-
-
-class AnswerTrainer(Trainer):
-    """A Trainer whose evaluation also asks questions about held-out scenes and scores the generated answers."""
-
-    def __init__(self, *args: Any, task: Scenes, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.task = task
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        metrics = super().evaluate(*args, **kwargs)
-        asked = evaluate(self.model, self.processing_class, self.task, batch_size=32)
-        scores = asked.tasks[self.task.name].values()
-        answered = {
-            f"eval_{family}": score["f1" if family.startswith("existence") else "accuracy"]
-            for family, score in scores.items()
+    if arguments.should_save:
+        shutil.rmtree(partial, ignore_errors=True)
+    _save(trainer, model, trained, processor, partial, base)
+    if arguments.should_save:
+        record = {
+            "name": stage.name,
+            "steps": trainer.state.global_step,
+            "rows": trainer.state.global_step * arguments.train_batch_size * arguments.gradient_accumulation_steps
+            * arguments.world_size,
+            "skipped": getattr(trainer.train_dataset, "skipped", 0),
+            "trained": sum(parameter.numel() for parameter in trained.parameters() if parameter.requires_grad),
+            "parameters": sum(parameter.numel() for parameter in trained.parameters()),
+            "seconds": seconds,
+            "curve": _held_out_curve(trainer.state.log_history),
         }
-        self.log(answered)
-        return {**metrics, **answered}
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        # transformers 5 renames keys on saving, and the stock Trainer compares the saved names with the live ones: it
-        # would find nothing of the model, warn, and go on with the weights the run began with.
-        saved = type(self.model).from_pretrained(resume_from_checkpoint)
-        self.model.load_state_dict(saved.state_dict())
+        (partial / STAGE_RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+        partial.rename(done)
+        shutil.rmtree(checkpoints)
+    trainer.accelerator.wait_for_everyone()
 
 
-def _patch_word_accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    right, of = np.moveaxis(np.asarray(prediction.predictions).sum(0), -1, 0)
-    return {group: float(right[i] / max(of[i], 1)) for i, group in enumerate(HITS)}
+def _save(
+    trainer: RecipeTrainer,
+    model: PreTrainedModel,
+    trained: torch.nn.Module,
+    processor: ProcessorMixin,
+    folder: Path,
+    base: str,
+) -> None:
+    """Write what a stage has trained: the whole model, or what lies on top of its base. All processes take part."""
+    if isinstance(trained, PeftModel):
+        state = None
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        if trainer.args.should_save:
+            save_adapter(trained, folder, base, state)
+    elif trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        trainer.save_model(str(folder))  # gathers the weights
+    elif trainer.args.should_save:
+        model.save_pretrained(folder)
+    if trainer.args.should_save:
+        processor.save_pretrained(folder)
+
+
+def _train_only(model: PreTrainedModel, names: Sequence[str]) -> None:
+    """Freeze all but these parts and submodules and what methods have.
+
+    Raises:
+        ValueError: a name that is neither a part nor a submodule.
+    """
+    adapter, known = adapter_for(model.config), {name for name, _ in model.named_modules()}
+    if unknown := [name for name in names if name not in PARTS and name not in known]:
+        raise ValueError(f"trains: {', '.join(unknown)} is no submodule of the model, and no part: {', '.join(PARTS)}")
+    for name, parameter in model.named_parameters():
+        asked = adapter.part_of(name) in names or any(inside(name, other) for other in (*names, "vision_slots"))
+        parameter.requires_grad_(asked and parameter.is_floating_point())
+
+
+def _retrains_all(plan: Recipe, stage: Stage) -> bool:
+    """Whether a stage with LoRA trains in full what those before it did, so that their result is not needed under it."""
+    earlier = {name for other in plan.stages[: plan.stages.index(stage)] for name in other.trains}
+    return earlier <= set(stage.trains)
+
+
+def _checkpoints(done: Path) -> Path:
+    return done.with_name(f"{done.name}.checkpoints")
+
+
+def _latest_checkpoint(folder: Path) -> str | None:
+    """The last checkpoint that is whole; one whose writing was cut off has no trainer state, which is written last."""
+    found = sorted(
+        (path.parent for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")),
+        key=lambda path: int(path.name.rpartition("-")[2]),
+    )
+    return str(found[-1]) if found else None
 
 
 def _held_out_curve(log_history: list[dict[str, float]]) -> list[dict[str, float]]:
@@ -239,11 +251,3 @@ def _held_out_curve(log_history: list[dict[str, float]]) -> list[dict[str, float
             rows.setdefault(entry["step"], {"step": entry["step"]}).update(scores)
     timings = ("runtime", "samples_per_second", "steps_per_second")
     return [{key: value for key, value in row.items() if key not in timings} for row in rows.values()]
-
-
-def _freeze_all_but(model: torch.nn.Module, names: list[str]) -> None:
-    model.requires_grad_(False)
-    for name in names:
-        model.get_submodule(name).requires_grad_(True)
-    if isinstance(model, SlottedModel):
-        model.vision_slots.requires_grad_(True)

@@ -12,11 +12,12 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 import mllm_vision as mv
 from mllm_vision.host import adapter_for, adapter_of_type
+from mllm_vision.settings import Settings
 from mllm_vision.towers import ViTUHDImageProcessor, ViTUHDModel, ViTUHDProcessor
 
 
 @dataclass(kw_only=True)
-class UHDTowerSpec:
+class UHDTowerSpec(Settings):
     """A checkpoint and what becomes of its tower.
 
     Args:

@@ -33,6 +33,38 @@ def train(
     typer.echo(folder)
 
 
+def recipes() -> None:
+    """List the recipes that come along."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from mllm_vision.recipes.recipe import recipe_names, recipe_title
+
+    table = Table("recipe", "what it makes", box=None, padding=(0, 2, 0, 0))
+    for name in recipe_names():
+        table.add_row(name, recipe_title(name))
+    Console().print(table)
+
+
+recipe = typer.Typer(help="Take recipes along.", no_args_is_help=True)
+
+
+@recipe.command()
+def copy(
+    name: Annotated[str, typer.Argument(help="As `mllm-vision recipes` lists it.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to copy its YAML file to.")],
+) -> None:
+    """Copy a recipe, to change it and to train it by its path."""
+    from mllm_vision.recipes.recipe import copy_recipe
+
+    typer.echo(copy_recipe(name, folder))
+
+
+@recipe.callback()
+def _several() -> None:
+    """Take recipes along."""  # with a callback, typer keeps `copy` a command of its own though it is the only one
+
+
 def study(
     study: Annotated[str, typer.Argument(help="Name of a study that comes along, or a YAML file.")],
     out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,

@@ -2,8 +2,13 @@
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
-from mllm_vision.recipes.recipe import RECIPES, load_recipe, recipe_names
+from mllm_vision.cli import app
+from mllm_vision.recipes.data import DataSource
+from mllm_vision.recipes.lora import LoraSpec
+from mllm_vision.recipes.recipe import RECIPES, load_recipe, recipe_names, recipe_title
+from mllm_vision.recipes.stages import ConversationsStage
 from mllm_vision.recipes.uhd_tower import UHDTowerSpec
 
 
@@ -38,17 +43,17 @@ def test_a_recipe_goes_on_from_its_base_whatever_becomes_of_the_tower():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("sed=3", "unknown key sed; valid keys are output, seed, model, stages, side, text_scale"),
+        ("sed=3", "unknown key sed; valid keys are output, seed, model, stages, methods, dtype, quantize"),
         (
             "stages.towr.arguments.max_steps=7",
             "no stage 'towr'; there are tower, captions, mixed, questions, relations",
         ),
-        ("stages.tower.max_step=7", "unknown key max_step; valid keys are name, objective, trains"),
+        ("stages.tower.max_step=7", "unknown key max_step; valid keys are objective, name, trains, lora"),
         ("stages.tower.arguments.max_step=7", "unknown key max_step; valid keys are .*max_steps"),
         ("stages.tower.arguments.output_dir=x", "unknown key output_dir"),
         ("model.visoin.hidden_size=7", "unknown key 'visoin'; there are vision, text"),
         ("stages=3", "stages must be a list"),
-        ("stages.tower.objective=words", "objective must be one of patch_words, answers, got 'words'"),
+        ("stages.tower.objective=words", "objective must be one of patch_words, answers, conversations, got 'words'"),
         ("stages.tower.arguments.max_steps=0", "stages.tower.arguments needs max_steps of at least 1"),
         ("seed", "must look like key=value"),
         (
@@ -63,6 +68,110 @@ def test_a_recipe_goes_on_from_its_base_whatever_becomes_of_the_tower():
 def test_a_wrong_override_is_an_error_that_lists_the_right_ones(override, message):
     with pytest.raises(ValueError, match=message):
         load_recipe("tiny_llava_scenes", [override])
+
+
+CHAT = """
+output: nowhere
+seed: 0
+model: tiny-llava-scenes
+stages:
+  - name: chat
+    objective: conversations
+    trains: [projector]
+    data: [{format: conversations, path: rows.json}]
+    lora: {r: 8, alpha: 16}
+    arguments: {learning_rate: 2e-4}
+"""
+
+
+@pytest.fixture
+def chat(tmp_path):
+    path = tmp_path / "chat.yaml"
+    path.write_text(CHAT)
+    return path
+
+
+def test_a_recipe_of_conversations_is_read_whole(chat):
+    recipe = load_recipe(chat, ["stages.chat.lora.options={use_dora: true}", "quantize=nf4", "dtype=bfloat16"])
+    (stage,) = recipe.stages
+    assert isinstance(stage, ConversationsStage)
+    assert stage.data == [DataSource(format="conversations", path="rows.json")]
+    assert stage.lora == LoraSpec(r=8, alpha=16, options={"use_dora": True})
+    assert stage.arguments == {"learning_rate": 2e-4}
+    assert (recipe.quantize, recipe.dtype, recipe.base) == ("nf4", "bfloat16", "tiny-llava-scenes")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["stages.chat.trains=[]", "stages.chat.lora=null"], "stages.chat trains nothing"),
+        (["stages.chat.data=[]"], "stages.chat.data must name a source"),
+        (["stages.chat.data=[{format: json, path: x}]"], "format must be one of 'conversations', 'messages', got 'json'"),
+        (["stages.chat.data=[{format: messages}]"], "data lacks path"),
+        (["stages.chat.data=[{format: messages, path: x, streaming: true}]"], "needs max_steps of at least 1: streamed"),
+        (
+            ["stages.chat.data=[{format: messages, path: x, streaming: true}, {format: messages, path: y}]"],
+            "either all sources are streamed or none",
+        ),
+        (
+            [
+                "stages.chat.data=[{format: messages, path: x, streaming: true}]",
+                "stages.chat.arguments.max_steps=5",
+                "stages.chat.group_by_modality=true",
+            ],
+            "group_by_modality needs all rows at hand",
+        ),
+        (["stages.chat.turns={}"], "stages.chat: unknown key turns; valid keys are objective, name"),
+        (["stages.chat.lora.rank=3"], "lora: unknown key rank; valid keys are target, r, alpha"),
+        (["stages.chat.lora={r: 8}"], "lora lacks alpha"),
+        (["stages.chat.lora.target=eyes"], "target must be one of 'all', 'language'"),
+        (["stages.chat.bad_rows=drop"], "bad_rows must be one of 'fail', 'skip', got 'drop'"),
+        (["stages.chat.max_length=long"], "max_length must be .*int.*, got 'long'"),
+        (["stages.chat.cache_tower=true", "stages.chat.trains=[tower]"], "cache_tower needs a frozen tower"),
+        (["stages.chat.cache_tower=true", "stages.chat.lora.target=all"], "cache_tower needs a frozen tower"),
+        (["stages.chat.arguments.eval_strategy=steps"], "need one another, got eval_strategy alone"),
+        (["stages.chat.validation=[{format: messages, path: x}]"], "need one another, got validation alone"),
+        (["stages.chat.pack=true", "stages.chat.group_by_modality=true"], "pack leaves no padding"),
+        (["stages.chat.pack=true", "methods=[{type: random, keep: 9}]"], "cannot be packed"),
+        (["stages.chat.learning_rates={eyes: 1.0}"], "unknown part eyes; there are language, tower, projector"),
+        (["stages.chat.arguments.learning_rate=fast"], "arguments.learning_rate must be of type float, got 'fast'"),
+        (["stages.chat.arguments.bf16=1"], "arguments.bf16 must be of type bool, got 1"),
+        (["quantize=nf4", "stages.chat.trains=[language]"], "quantised weights cannot be trained, got language"),
+        (["quantize=int4"], "quantize must be one of 'nf4', 'int8'"),
+        (["dtype=half"], "dtype must be one of"),
+        (["task=scenes,scene_captions"], "task must be one benchmark"),
+        (["task=scene"], "scene"),
+        (["model={tower: a}"], "model lacks language"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_loaded(chat, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        load_recipe(chat, overrides)
+
+
+def test_lora_comes_last(chat):
+    raw = yaml.safe_load(chat.read_text())
+    raw["stages"].append({**raw["stages"][0], "name": "more", "lora": None})
+    chat.write_text(yaml.safe_dump(raw))
+    with pytest.raises(ValueError, match="stages.chat: LoRA is for the last stage"):
+        load_recipe(chat)
+    raw["stages"][1]["name"] = "chat"
+    chat.write_text(yaml.safe_dump(raw))
+    with pytest.raises(ValueError, match="two are called chat"):
+        load_recipe(chat)
+
+
+def test_recipes_are_listed_with_what_they_are_for_and_taken_along(tmp_path):
+    listed = CliRunner().invoke(app, ["recipes"]).output
+    for name in recipe_names():
+        assert name in listed
+        assert len(recipe_title(name)) > 20
+    copied = CliRunner().invoke(app, ["recipe", "copy", "tiny_llava_scenes", str(tmp_path / "mine")])
+    path = tmp_path / "mine" / "tiny_llava_scenes.yaml"
+    assert copied.output.strip() == str(path)
+    assert load_recipe(path) == load_recipe("tiny_llava_scenes")
+    again = CliRunner().invoke(app, ["recipe", "copy", "tiny_llava_scenes", str(tmp_path / "mine")])
+    assert (again.exit_code, "exists; move it away first" in again.output) == (1, True)
 
 
 def test_an_unknown_recipe_lists_those_there_are():

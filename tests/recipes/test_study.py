@@ -24,7 +24,7 @@ ADDED = "methods=[{type: spatial_tokens, variant: pooling, channels: 2, scales: 
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
-    short = [*SHORT, "scored_per_family=1"]
+    short = [*SHORT, "task=scenes:questions=1"]
     study = {
         "recipe": "tiny_spatial_tokens",
         "output": str(folder / "runs"),

@@ -31,7 +31,8 @@ TOY = (
     """
 output: nowhere
 seed: 0
-scored_per_family: 4
+task: scenes:questions=4:side=70
+publish_dtype: float16
 side: 70
 model:
   vision: {image_size: 70, patch_size: 14, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 3,

@@ -1,0 +1,130 @@
+"""The trainer of a stage: its model, its rows, and what is looked at on held-out ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import singledispatch
+from typing import Any
+
+import numpy as np
+from transformers import EvalPrediction, PreTrainedModel, ProcessorMixin, TrainingArguments
+
+from mllm_vision.api import find_host
+from mllm_vision.eval.tasks.scenes import Scenes
+from mllm_vision.host import adapter_for
+from mllm_vision.recipes.cached_tower import cached_tower
+from mllm_vision.recipes.data import ChatCollator, ModalityLengthSampler, training_rows
+from mllm_vision.recipes.objectives import (
+    HITS,
+    AnswerCollator,
+    AnswerScenes,
+    PatchWordCollator,
+    PatchWords,
+    PatchWordScenes,
+    token_side,
+)
+from mllm_vision.recipes.recipe import Recipe
+from mllm_vision.recipes.stages import AnswersStage, ConversationsStage, PatchWordsStage, Stage
+from mllm_vision.recipes.trainer import AskingTrainer, RecipeTrainer
+from mllm_vision.slotted import SlottedModel
+
+_HELD_OUT = 160  # validation scenes looked at during training
+_ASKED = 60  # questions a family during training
+
+
+@singledispatch
+def trainer_for(
+    stage: Stage, plan: Recipe, model: PreTrainedModel, processor: ProcessorMixin, arguments: TrainingArguments
+) -> RecipeTrainer:
+    """The trainer of a stage.
+
+    Args:
+        model: With the weights that the stage trains, and no others, asking for gradients; wrapped by PEFT or not.
+    """
+    raise TypeError(f"there is no trainer for a {type(stage).__name__}")
+
+
+@trainer_for.register
+def _(
+    stage: PatchWordsStage,
+    plan: Recipe,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    arguments: TrainingArguments,
+) -> RecipeTrainer:
+    scenes: dict[str, Any] = {
+        "side": plan.side,
+        "text_scale": plan.text_scale,
+        "patch": token_side(processor, plan.side),
+    }
+    arguments.label_names = ["summary"]
+    return RecipeTrainer(
+        PatchWords(model, processor, stage.logit_scale),
+        arguments,
+        stage=stage,
+        data_collator=PatchWordCollator(processor),
+        train_dataset=PatchWordScenes("train", stage.first_scene, _scenes(arguments), **scenes),
+        eval_dataset=PatchWordScenes("validation", 0, _HELD_OUT, **scenes),
+        compute_metrics=_patch_word_accuracy,
+    )
+
+
+@trainer_for.register
+def _(
+    stage: AnswersStage, plan: Recipe, model: PreTrainedModel, processor: ProcessorMixin, arguments: TrainingArguments
+) -> RecipeTrainer:
+    scenes: dict[str, Any] = {"side": plan.side, "text_scale": plan.text_scale, "turns": stage.turns}
+    arguments.prediction_loss_only = True
+    return AskingTrainer(
+        model,
+        arguments,
+        stage=stage,
+        data_collator=AnswerCollator(processor, _added(model)),
+        train_dataset=AnswerScenes("train", stage.first_scene, _scenes(arguments), **scenes),
+        eval_dataset=AnswerScenes("validation", 0, _HELD_OUT, **scenes),
+        processing_class=processor,
+        task=Scenes(questions=_ASKED, split="validation", side=plan.side, text_scale=plan.text_scale),
+    )
+
+
+@trainer_for.register
+def _(
+    stage: ConversationsStage,
+    plan: Recipe,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    arguments: TrainingArguments,
+) -> RecipeTrainer:
+    options: dict[str, Any] = {"max_length": stage.max_length, "bad_rows": stage.bad_rows, "seed": plan.seed}
+    rows = training_rows(stage.data, processor, **options)
+    held_out = training_rows(stage.validation, processor, **options) if stage.validation else None
+    sampler = None
+    if stage.group_by_modality:
+        sampler = ModalityLengthSampler(rows, arguments.train_batch_size * arguments.world_size, seed=plan.seed)
+    arguments.prediction_loss_only = True
+    return RecipeTrainer(
+        model,
+        arguments,
+        stage=stage,
+        sampler=sampler,
+        data_collator=ChatCollator(processor, pack=stage.pack, blank_image=arguments.world_size > 1),
+        train_dataset=rows,
+        eval_dataset=held_out,
+        processing_class=processor,
+    )
+
+
+def _scenes(arguments: TrainingArguments) -> int:
+    """As many training scenes as the steps of a stage need: scenes are without end, and none is seen twice."""
+    return arguments.max_steps * arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+
+
+def _added(model: PreTrainedModel) -> int:
+    host = find_host(model)
+    return host.vision_slots.added if isinstance(host, SlottedModel) else 0
+
+
+def _patch_word_accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    right, of = np.moveaxis(np.asarray(prediction.predictions).sum(0), -1, 0)
+    return {group: float(right[i] / max(of[i], 1)) for i, group in enumerate(HITS)}

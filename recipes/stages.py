@@ -1,0 +1,169 @@
+"""The stages of a recipe: what each learns from which data, and which weights may change meanwhile."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from functools import cache
+from typing import Any, Literal, get_type_hints
+
+from transformers import TrainingArguments
+
+from mllm_vision.host import PARTS
+from mllm_vision.recipes.data import DataSource
+from mllm_vision.recipes.lora import LoraSpec
+from mllm_vision.scenes.questions import FAMILIES
+from mllm_vision.settings import Settings, require_type
+
+_SET_BY_RECIPE = ("output_dir", "seed", "data_seed")
+
+
+@dataclass(kw_only=True)
+class Stage(Settings):
+    """What every stage has.
+
+    Args:
+        objective: What is learnt; every kind of stage has its own.
+        name: Of its folder in the recipe's output.
+        trains: Parts of the host (`PARTS`) or names of its submodules whose weights are trained in full. Weights of
+            plugged-in methods always are; all else is frozen.
+        lora: Low-rank adapters beside frozen weights; only in the last stage, whose result is an adapter folder.
+        learning_rates: By part, where it is not ``arguments.learning_rate``.
+        layer_decay: By part, what a layer's rate is multiplied by for every layer above it.
+        arguments: Fields of `transformers.TrainingArguments`.
+
+    Raises:
+        ValueError: what cannot be, before anything is loaded.
+    """
+
+    objective: str
+    name: str
+    trains: list[str] = field(default_factory=list)
+    lora: LoraSpec | None = None
+    learning_rates: dict[str, float] = field(default_factory=dict)
+    layer_decay: dict[str, float] = field(default_factory=dict)
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        where = f"stages.{self.name}"
+        known = _training_arguments()
+        if unknown := sorted(set(self.arguments) - set(known)):
+            raise ValueError(
+                f"{where}.arguments: unknown key {', '.join(unknown)}; valid keys are {', '.join(sorted(known))}"
+            )
+        for name, value in self.arguments.items():
+            require_type(f"{where}.arguments.{name}", value, known[name])
+        for kind in ("learning_rates", "layer_decay"):
+            if unknown := sorted(set(getattr(self, kind)) - set(PARTS)):
+                raise ValueError(f"{where}.{kind}: unknown part {', '.join(unknown)}; there are {', '.join(PARTS)}")
+
+
+@dataclass(kw_only=True)
+class PatchWordsStage(Stage):
+    """The words of what lies under each patch of drawn scenes, said by the tower through the projector.
+
+    Args:
+        first_scene: Index of the first training scene. Stages with ranges apart see different pictures.
+        logit_scale: What the product of a feature and the embedding of a word is multiplied by. Word embeddings of a new
+            model have a length of 0.02 * sqrt(256) = 0.3: a feature that is the sum of its words scores 10 at 100. In a
+            trained model both have grown; 1 leaves its features as long as they are.
+    """
+
+    objective: Literal["patch_words"] = "patch_words"
+    first_scene: int = 0
+    logit_scale: float = 100.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_steps(self, "scenes have no epochs")
+        if self.lora is not None:
+            raise ValueError(f"stages.{self.name}: LoRA needs answers to learn from, got the objective patch_words")
+
+
+@dataclass(kw_only=True)
+class AnswersStage(Stage):
+    """Questions about drawn scenes and captions, many to a picture.
+
+    Args:
+        first_scene: As in `PatchWordsStage`.
+        turns: Questions a picture, by family or "caption".
+    """
+
+    objective: Literal["answers"] = "answers"
+    first_scene: int = 0
+    turns: dict[str, float]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_steps(self, "scenes have no epochs")
+        known = [*FAMILIES, "caption"]
+        if unknown := sorted(set(self.turns) - set(known)):
+            raise ValueError(
+                f"stages.{self.name}.turns: unknown family {', '.join(unknown)}; there are {', '.join(known)}"
+            )
+
+
+@dataclass(kw_only=True)
+class ConversationsStage(Stage):
+    """Conversations about pictures: the answers are learnt.
+
+    Args:
+        data: Where rows come from, mixed by their weights.
+        validation: Rows whose loss is told during training (``arguments.eval_strategy``), never learnt.
+        max_length: Tokens of a row, its visual tokens included; a longer one is a bad row. None is no bound.
+        bad_rows: Whether a row that cannot be used ends the run or is reported and left out.
+        pack: Whether the rows of a batch stand behind one another in one sequence, without padding between.
+        group_by_modality: Whether batches are made of rows of like length, with pictures or without.
+        cache_tower: Whether the frozen tower sees every picture once, its features kept on disk.
+    """
+
+    objective: Literal["conversations"] = "conversations"
+    data: list[DataSource]
+    validation: list[DataSource] = field(default_factory=list)
+    max_length: int | None = None
+    bad_rows: Literal["fail", "skip"] = "fail"
+    pack: bool = False
+    group_by_modality: bool = False
+    cache_tower: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        where = f"stages.{self.name}"
+        if not self.data:
+            raise ValueError(f"{where}.data must name a source of rows at least, got none")
+        streamed = {source.streaming for source in self.data}
+        if len(streamed) > 1:
+            raise ValueError(f"{where}.data: either all sources are streamed or none")
+        if True in streamed:
+            _require_steps(self, "streamed data has no length")
+            for name in ("group_by_modality", "cache_tower"):
+                if getattr(self, name):
+                    raise ValueError(f"{where}.{name} needs all rows at hand, but its data is streamed")
+        if self.cache_tower and ("tower" in self.trains or (self.lora is not None and "tower" in self.lora.parts)):
+            raise ValueError(f"{where}.cache_tower needs a frozen tower, but the stage trains it")
+        evaluates = self.arguments.get("eval_strategy", "no") != "no"
+        if evaluates != bool(self.validation):
+            raise ValueError(
+                f"{where}: validation rows and arguments.eval_strategy need one another, got "
+                + ("eval_strategy alone" if evaluates else "validation alone")
+            )
+        if self.pack and self.group_by_modality:
+            raise ValueError(f"{where}: pack leaves no padding for group_by_modality to save; choose one")
+
+
+STAGES: dict[str, type[Stage]] = {
+    kind.objective: kind for kind in (PatchWordsStage, AnswersStage, ConversationsStage)
+}
+"""The kinds of stages, by their objective."""
+
+
+@cache
+def _training_arguments() -> dict[str, Any]:
+    """The types of the training arguments that a recipe may set, by name."""
+    hints = get_type_hints(TrainingArguments)
+    return {f.name: hints[f.name] for f in fields(TrainingArguments) if f.init and f.name not in _SET_BY_RECIPE}
+
+
+def _require_steps(stage: Stage, why: str) -> None:
+    if stage.arguments.get("max_steps", 0) < 1:
+        raise ValueError(f"stages.{stage.name}.arguments needs max_steps of at least 1: {why}")

@@ -1,0 +1,119 @@
+"""The transformers Trainer with what recipes need besides: rates by part, a stop at a loss that is no number, a log."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from mllm_vision.eval.evaluation import evaluate
+from mllm_vision.eval.task import Task
+from mllm_vision.recipes.parameters import parameter_groups
+from mllm_vision.recipes.stages import Stage
+
+
+class RecipeTrainer(Trainer):
+    """A Trainer of one stage.
+
+    Args:
+        stage: Whose learning rates, by part, the parameters get.
+        sampler: The order of the training rows, None for the Trainer's own.
+    """
+
+    def __init__(self, *args: Any, stage: Stage, sampler: Sampler[int] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.stage, self.sampler = stage, sampler
+        self._row_ids: list[str] = []
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None and (self.stage.learning_rates or self.stage.layer_decay):
+            optimised = self.model if model is None else model
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, optimised)
+            groups = parameter_groups(
+                optimised,
+                self.args.learning_rate,
+                self.args.weight_decay,
+                learning_rates=self.stage.learning_rates,
+                layer_decay=self.stage.layer_decay,
+            )
+            self.optimizer = kind(groups, **options)
+        return super().create_optimizer(model)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """As the stock one.
+
+        Raises:
+            FloatingPointError: the loss is no number; the message names step and rows. No weight has taken it in.
+        """
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            rows = f"; its rows are {', '.join(self._row_ids)}" if self._row_ids else ""
+            raise FloatingPointError(f"the loss of step {self.state.global_step + 1} is {loss.item()}{rows}")
+        return loss
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        self._row_ids = inputs.pop("row_ids", [])  # for whoever reads an error, not for the model
+        return super()._prepare_inputs(inputs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        return super()._get_train_sampler(train_dataset) if self.sampler is None else self.sampler
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if isinstance(self.model, PeftModel) or self.is_fsdp_enabled or not hasattr(self.model, "save_pretrained"):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        # transformers 5 renames keys on saving, and the stock Trainer compares the saved names with the live ones: it
+        # would find nothing of the model, warn, and go on with the weights the run began with.
+        saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
+        self.model.load_state_dict(saved.state_dict())
+
+
+class AskingTrainer(RecipeTrainer):
+    """A trainer whose evaluation also asks questions about held-out pictures and scores the generated answers."""
+
+    def __init__(self, *args: Any, task: Task, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.task = task
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        metrics = super().evaluate(*args, **kwargs)
+        asked = evaluate(self.model, self.processing_class, self.task, batch_size=32)
+        scores = asked.tasks[self.task.name].values()
+        answered = {
+            f"eval_{family}": score["f1" if family.startswith("existence") else "accuracy"]
+            for family, score in scores.items()
+        }
+        self.log(answered)
+        return {**metrics, **answered}
+
+
+class JSONLog(TrainerCallback):
+    """Writes all that a run logs as JSON lines; a run that goes on from a checkpoint drops what lay behind it.
+
+    Args:
+        file: Where to.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            lines = self.file.read_text(encoding="utf-8").splitlines(True) if self.file.exists() else []
+            kept = (line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state.global_step)
+            self.file.write_text("".join(kept), encoding="utf-8")
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
