@@ -37,7 +37,7 @@ app = typer.Typer(
 )
 
 app.command("eval")(evaluate)
-for command in (ask, methods, demo, sweep, tune, tasks, bench, overhead, train, study, convert, scenes):
+for command in (ask, methods, demo, sweep, tune, tasks, bench, overhead, train, study, convert, assemble, scenes):
     app.command()(command)
 
 
