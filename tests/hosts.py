@@ -20,6 +20,7 @@ from transformers import (
     BatchFeature,
     CLIPImageProcessorPil,
     CLIPVisionConfig,
+    Dinov2Config,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -105,7 +106,7 @@ class Host:
 
 def first_block(model: PreTrainedModel) -> torch.nn.Module:
     """The first layer of the tower."""
-    ends = ("encoder.layers.0", "vision_tower.layers.0", "visual.blocks.0")
+    ends = ("encoder.layers.0", "encoder.layer.0", "vision_tower.layers.0", "visual.blocks.0")
     (block,) = (module for name, module in model.named_modules() if name.endswith(ends))
     return block
 
@@ -235,6 +236,12 @@ def _llava_processor(*, cls: bool, strategy: str) -> ProcessorMixin:
     )
 
 
+def _llava_dinov2() -> PreTrainedModel:
+    tower = _tower_size(84) | {"mlp_ratio": 2}
+    del tower["intermediate_size"]
+    return _llava(Dinov2Config(**tower), -2, "default")
+
+
 def _llava_uhd() -> PreTrainedModel:
     tower = _tower_size(84) | {"patch_size": 7, "position_grid": (12, 12), "merger_layers": (3,)}
     del tower["image_size"]
@@ -344,6 +351,12 @@ HOSTS = (
         lambda: _llava(CLIPVisionConfig(**_tower_size(84)), [-3, -2], "full"),
         lambda: _llava_processor(cls=True, strategy="full"),
         lambda inputs, image: _llava_placeholders(cls=True),
+    ),
+    Host(
+        "llava-dinov2",
+        _llava_dinov2,
+        lambda: _llava_processor(cls=True, strategy="default"),
+        lambda inputs, image: _llava_placeholders(cls=False),
     ),
     Host(
         "llava-siglip",

