@@ -5,6 +5,7 @@ Every weight is that of its source but for two things: the projector, which is n
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -29,9 +30,22 @@ from mllm_vision.host import adapter_for
 from mllm_vision.prompts import IMAGE_MARK
 from mllm_vision.recipes.real_parts import Language, Tower, find_language, find_tower
 from mllm_vision.recipes.tiny_model import CHAT_TEMPLATE
+from mllm_vision.settings import Settings
 from mllm_vision.towers import ViTUHDProcessor
 
 PAD = "<pad>"
+
+
+@dataclass(kw_only=True)
+class AssemblySpec(Settings):
+    """The arguments of `assemble`, as a recipe has them."""
+
+    tower: str
+    language: str
+    side: int | None = None
+    feature_layer: int = -2
+
+
 WITH_IMAGES = (
     "{%- set found = namespace(messages=[]) -%}{%- for message in messages -%}"
     "{%- set said = namespace(text='') -%}"

@@ -16,6 +16,7 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, ProcessorMixin
 
+from mllm_vision.recipes.data import RowEncoder
 from mllm_vision.recipes.tiny_model import BACKGROUND, CENTRE, REST
 from mllm_vision.scenes.draw import COLOURS, SHAPES, SIZES, TEXTS, TEXTURES, Scene, label_patches, render, sample_scene
 from mllm_vision.scenes.questions import FAMILIES, Question, caption_question
@@ -190,6 +191,28 @@ class AnswerScenes(Dataset):
                 if question:
                     asked[question.text] = question
         return {"image": render(scene), "questions": list(asked.values())}
+
+
+class AnswerConversations(Dataset):
+    """The same pictures and questions as conversations: one turn a question, which sees those before it."""
+
+    def __init__(self, scenes: AnswerScenes, encoder: RowEncoder) -> None:
+        self.scenes, self.encoder = scenes, encoder
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        row = self.scenes[i]
+        messages: list[dict[str, Any]] = []
+        for question in row["questions"]:
+            asked = [{"type": "text", "text": question.text}]
+            messages += [
+                {"role": "user", "content": asked if messages else [{"type": "image"}, *asked]},
+                {"role": "assistant", "content": [{"type": "text", "text": question.answer}]},
+            ]
+        encoded = self.encoder.encode(*self.encoder.render(messages), [row["image"]])
+        return {**encoded, "row_id": f"{self.scenes.split}:{self.scenes.first_scene + i}"}
 
 
 class AnswerCollator:

@@ -13,7 +13,7 @@ import yaml
 
 from mllm_vision.eval.task import parse_tasks
 from mllm_vision.recipes.assembly import AssemblySpec
-from mllm_vision.recipes.stages import STAGES, ConversationsStage, PatchWordsStage, Stage
+from mllm_vision.recipes.stages import STAGES, AnswersStage, ConversationsStage, PatchWordsStage, Stage
 from mllm_vision.recipes.tiny_model import NewModelSpec
 from mllm_vision.recipes.uhd_tower import UHDTowerSpec
 from mllm_vision.registry import MethodConfig
@@ -87,6 +87,8 @@ class Recipe(Settings):
                 raise ValueError(f"{where}: LoRA is for the last stage, whose result is an adapter; merge it to go on")
             if isinstance(stage, ConversationsStage) and stage.pack and plugged:
                 raise ValueError(f"{where}.pack: prompts that methods change cannot be packed; take out one or the other")
+            if isinstance(stage, AnswersStage) and stage.branches and any(method.kind == "reducer" for method in plugged):
+                raise ValueError(f"{where}.branches: prompts that reducers change cannot branch; set branches to false")
             if self.quantize is not None and isinstance(stage, PatchWordsStage):
                 raise ValueError(f"{where}: a quantised model learns by LoRA, not from the words of patches")
         if self.quantize is not None:

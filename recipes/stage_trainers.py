@@ -14,10 +14,11 @@ from mllm_vision.api import find_host
 from mllm_vision.eval.tasks.scenes import Scenes
 from mllm_vision.host import adapter_for
 from mllm_vision.recipes.cached_tower import cached_tower
-from mllm_vision.recipes.data import ChatCollator, ModalityLengthSampler, training_rows
+from mllm_vision.recipes.data import ChatCollator, ModalityLengthSampler, RowEncoder, training_rows
 from mllm_vision.recipes.objectives import (
     HITS,
     AnswerCollator,
+    AnswerConversations,
     AnswerScenes,
     PatchWordCollator,
     PatchWords,
@@ -75,14 +76,21 @@ def _(
     stage: AnswersStage, plan: Recipe, model: PreTrainedModel, processor: ProcessorMixin, arguments: TrainingArguments
 ) -> RecipeTrainer:
     scenes: dict[str, Any] = {"side": plan.side, "text_scale": plan.text_scale, "turns": stage.turns}
+    rows: list[Any] = [
+        AnswerScenes("train", stage.first_scene, _scenes(arguments), **scenes),
+        AnswerScenes("validation", 0, _HELD_OUT, **scenes),
+    ]
+    if not stage.branches:
+        encoder = RowEncoder(processor, processor.tokenizer.model_max_length)
+        rows = [AnswerConversations(pictures, encoder) for pictures in rows]
     arguments.prediction_loss_only = True
     return AskingTrainer(
         model,
         arguments,
         stage=stage,
-        data_collator=AnswerCollator(processor, _added(model)),
-        train_dataset=AnswerScenes("train", stage.first_scene, _scenes(arguments), **scenes),
-        eval_dataset=AnswerScenes("validation", 0, _HELD_OUT, **scenes),
+        data_collator=AnswerCollator(processor, _added(model)) if stage.branches else ChatCollator(processor),
+        train_dataset=rows[0],
+        eval_dataset=rows[1],
         processing_class=processor,
         task=Scenes(questions=_ASKED, split="validation", side=plan.side, text_scale=plan.text_scale),
     )
@@ -101,7 +109,9 @@ def _(
     held_out = training_rows(stage.validation, processor, **options) if stage.validation else None
     sampler = None
     if stage.group_by_modality:
-        sampler = ModalityLengthSampler(rows, arguments.train_batch_size * arguments.world_size, seed=plan.seed)
+        sampler = ModalityLengthSampler(
+            rows, arguments.train_batch_size, processes=arguments.world_size, seed=plan.seed
+        )
     arguments.prediction_loss_only = True
     return RecipeTrainer(
         model,

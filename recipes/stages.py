@@ -87,11 +87,14 @@ class AnswersStage(Stage):
     Args:
         first_scene: As in `PatchWordsStage`.
         turns: Questions a picture, by family or "caption".
+        branches: Whether the questions about a picture are branches of one sequence, each of which sees the picture and
+            itself, or turns of a conversation. Methods that leave a picture other tokens than its placeholders need turns.
     """
 
     objective: Literal["answers"] = "answers"
     first_scene: int = 0
     turns: dict[str, float]
+    branches: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -110,7 +113,7 @@ class ConversationsStage(Stage):
     Args:
         data: Where rows come from, mixed by their weights.
         validation: Rows whose loss is told during training (``arguments.eval_strategy``), never learnt.
-        max_length: Tokens of a row, its visual tokens included; a longer one is a bad row. None is no bound.
+        max_length: Tokens of a row, its visual tokens included; a longer one is a bad row.
         bad_rows: Whether a row that cannot be used ends the run or is reported and left out.
         pack: Whether the rows of a batch stand behind one another in one sequence, without padding between.
         group_by_modality: Whether batches are made of rows of like length, with pictures or without.
@@ -120,7 +123,7 @@ class ConversationsStage(Stage):
     objective: Literal["conversations"] = "conversations"
     data: list[DataSource]
     validation: list[DataSource] = field(default_factory=list)
-    max_length: int | None = None
+    max_length: int = 2048
     bad_rows: Literal["fail", "skip"] = "fail"
     pack: bool = False
     group_by_modality: bool = False

@@ -125,7 +125,7 @@ def _beginning(plan: Recipe, output: Path) -> str | Path:
             processor = build_processor(plan.model.vision["image_size"], plan.model.vision["patch_size"])
             model = build_model(plan.model.vision, plan.model.text, processor)
         elif isinstance(plan.model, AssemblySpec):
-            model, processor = assemble(plan.model)
+            model, processor = assemble(**vars(plan.model))
         else:
             model, processor = with_uhd_tower(plan.model, plan.side)
         with whole_folder(base) as partial:

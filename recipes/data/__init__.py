@@ -2,6 +2,7 @@
 
 from mllm_vision.recipes.data.collator import ChatCollator
 from mllm_vision.recipes.data.conversation import BadRow
+from mllm_vision.recipes.data.encoding import RowEncoder
 from mllm_vision.recipes.data.rows import StreamedRows, TrainingRows, training_rows
 from mllm_vision.recipes.data.sampler import ModalityLengthSampler
 from mllm_vision.recipes.data.sources import DataSource
@@ -11,6 +12,7 @@ __all__ = [
     "ChatCollator",
     "DataSource",
     "ModalityLengthSampler",
+    "RowEncoder",
     "StreamedRows",
     "TrainingRows",
     "training_rows",
