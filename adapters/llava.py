@@ -23,6 +23,10 @@ TOWERS_HAVE_CLS = {"clip_vision_model": True, "siglip_vision_model": False, "din
 RESAMPLES_UNASKED = "dinov2"
 """Fits its positions to pictures of any size by itself; the others do where `interpolate_pos_encoding` says so."""
 CLS_GOES_THROUGH = "the CLS token goes through it, too; set vision_feature_select_strategy to 'default'"
+TOWER_LAYERS = ("encoder.layers", "layers")
+"""What the towers call the list of their layers."""
+BEHIND_LAYERS = ("post_layernorm", "head")
+"""What makes something of a tower's last layer that the host, which takes hidden states, never asks for."""
 PACKING_TOWER = "vit_uhd"
 """Sees images of any size as one pack of patches (L, 3, p, p); the others see tiles of one size (B, 3, H, W)."""
 
@@ -32,6 +36,7 @@ class LlavaAdapter(Adapter):
     config_name = "LlavaConfig"
     model_name = "LlavaForConditionalGeneration"
     image_inputs = ("pixel_values", "image_sizes", "vision_feature_layer", "vision_feature_select_strategy")
+    tower_name = "model.vision_tower"
     projector_name = "model.multi_modal_projector"
 
     def on_tower(self, config: PreTrainedConfig) -> Adapter:
@@ -52,8 +57,11 @@ class LlavaAdapter(Adapter):
             fixed_projector=CLS_GOES_THROUGH if keeps_cls(config, {}) else None,
         )
 
-    def tower(self, model: PreTrainedModel) -> PreTrainedModel:
-        return model.model.vision_tower
+    def idle(self, config: PreTrainedConfig) -> tuple[str, ...]:
+        depth = config.vision_config.num_hidden_layers
+        taken = max(layer % (depth + 1) for layer in feature_layers(config, {}))
+        behind = [f"{name}.{i}" for name in TOWER_LAYERS for i in range(taken, depth)]
+        return tuple(f"{self.tower_name}.{name}" for name in (*behind, *BEHIND_LAYERS))
 
     def layouts(self, model: PreTrainedModel, images: dict[str, Any]) -> list[Layout]:
         height, width = tile_grid(model.config)

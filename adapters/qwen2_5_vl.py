@@ -27,6 +27,7 @@ class Qwen25VLAdapter(Adapter):
     config_name = "Qwen2_5_VLConfig"
     model_name = "Qwen2_5_VLForConditionalGeneration"
     image_inputs = ("pixel_values", "image_grid_thw")
+    tower_name = "model.visual"
     projector_name = "model.visual.merger"
     keeps_positions = True
 
@@ -57,9 +58,6 @@ class Qwen25VLAdapter(Adapter):
             out=config.text_config.hidden_size,
             fixed_projector="it is a part of the tower, a patch merger already",
         )
-
-    def tower(self, model: PreTrainedModel) -> PreTrainedModel:
-        return model.model.visual
 
     def layouts(self, model: PreTrainedModel, images: dict[str, Any]) -> list[Layout]:
         merge = model.config.vision_config.spatial_merge_size

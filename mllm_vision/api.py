@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,27 +30,55 @@ CHECKPOINTS = Path(__file__).parent / "checkpoints"
 def load(name_or_path: str | Path, *methods: MethodConfig, **kwargs: Any) -> tuple[PreTrainedModel, ProcessorMixin]:
     """A model with methods plugged in, and its stock processor.
 
+    Of an adapter, its base with the adapter's methods, and the adapter on it: a `PeftModel`.
+
     Args:
         name_or_path: A hub id, a folder, or the name of a checkpoint that comes with the library
-            ("tiny-llava-scenes").
+            ("tiny-llava-scenes"); of a model, or of an adapter that `mllm_vision.adapter_folder` wrote.
         methods: Configs of the methods, applied in this order; none leaves the checkpoint as it is.
         kwargs: As for `AutoModelForImageTextToText.from_pretrained`: dtype, device_map, quantization_config, ...
 
     Raises:
-        ValueError: a host nobody supports, or a method that asks for what the host cannot give; no weight is read then.
+        ValueError: a host nobody supports, a method that asks for what the host cannot give, or an adapter whose base
+            is not to be had or of another kind; no weight is read then. Or a base that is not the adapter's.
         RuntimeError: the checkpoint lacks weights.
     """
-    bundled = CHECKPOINTS / str(name_or_path)
-    source = bundled if bundled.is_dir() else name_or_path
+    from mllm_vision.adapter_folder import Base, adapter_folder, attach
+
+    source = _source(name_or_path)
     hub = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if k in kwargs}
-    config = kwargs.pop("config", None) or AutoConfig.from_pretrained(source, **hub)
+    base, folder = None, adapter_folder(source, **hub)
+    if folder is not None:
+        base = Base.read(folder)
+        source, methods = _source(base.name), (*base.plugged(methods),)
+        for options in (hub, kwargs):  # these two are the adapter's
+            options.pop("revision", None), options.pop("subfolder", None)
+    try:
+        config = kwargs.pop("config", None) or AutoConfig.from_pretrained(source, **hub)
+    except OSError as error:
+        if base is None:
+            raise
+        raise ValueError(
+            f"{name_or_path} was trained on {source}, which is not to be had; load that from where it is with "
+            "methods, and call mllm_vision.adapter_folder.attach(model, adapter)"
+        ) from error
     adapter = adapter_for(config)
     with torch.device("meta"):
-        Slots(replacing(restored(getattr(config, "mllm_vision", None)), methods), config)
+        slots = Slots(replacing(restored(getattr(config, "mllm_vision", None)), methods), config)
+    if base is not None:
+        base.check_config(config, slots.methods)
     processor = adapter.load_processor(source, **hub)
     model, info = AutoModelForImageTextToText.from_pretrained(source, config=config, output_loading_info=True, **kwargs)
     require_weights(info)
-    return (apply(model, *methods) if methods else model), processor
+    if methods:
+        _apply(model, methods, trained=folder is not None)
+    return (model if folder is None else attach(model, folder)), processor
+
+
+def _source(name_or_path: str | Path) -> str | Path:
+    """Where to load from: the folder of a checkpoint that comes with the library, or what was asked for."""
+    bundled = CHECKPOINTS / str(name_or_path)
+    return bundled if bundled.is_dir() else name_or_path
 
 
 def apply(model: Model, *methods: MethodConfig) -> Model:
@@ -68,12 +96,15 @@ def apply(model: Model, *methods: MethodConfig) -> Model:
     Raises:
         ValueError: a host nobody supports, or a method that asks for what the host cannot give; the model is unchanged.
     """
-    host = find_host(model)
+    _apply(find_host(model), methods)
+    return model
+
+
+def _apply(host: PreTrainedModel, methods: Sequence[MethodConfig], *, trained: bool = False) -> None:
     held = host.vision_slots if isinstance(host, SlottedModel) else None
     slots = Slots(replacing([] if held is None else held.methods, methods), host.config, keep=held)
-    slots.match(host, held)
+    slots.match(host, held, trained=trained)
     _plug(host, slots.train(host.training))
-    return model
 
 
 def remove(model: Model) -> Model:

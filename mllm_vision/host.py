@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,8 +25,13 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
+PARTS = ("language", "tower", "projector")
+"""What a host is made of, as recipes speak of it."""
+
 ENTRY_POINT_GROUP = "mllm_vision.adapters"
 SLOTTED_PREFIX = "mllm_vision_"
+HEAD = "lm_head"
+_WRAPPED_BY_PEFT = re.compile(r"^base_model\.model\.|\.(base_layer|original_module|modules_to_save\.[^.]+)(?=\.|$)")
 
 
 @dataclass(frozen=True)
@@ -108,7 +114,10 @@ class Adapter(ABC):
         model_type: The stock model type.
         config_name, model_name: The stock classes, by their names in transformers.
         image_inputs: Names of the inputs that describe images, the pixels first.
-        projector_name: The submodule that brings the tower's tokens to the width of the language model.
+        language_name: The submodule that is the language model, without its head.
+        tower_name: The submodule that is the tower.
+        projector_name: The submodule that brings the tower's tokens to the width of the language model; it may lie
+            inside the tower.
         keeps_positions: Whether kept tokens retain their positions; where not, positions close up.
     """
 
@@ -116,6 +125,8 @@ class Adapter(ABC):
     config_name: str
     model_name: str
     image_inputs: tuple[str, ...]
+    language_name: str = "model.language_model"
+    tower_name: str
     projector_name: str
     keeps_positions: bool = False
 
@@ -146,13 +157,29 @@ class Adapter(ABC):
     def facts(self, config: PreTrainedConfig) -> TowerFacts:
         """What a method may know of the tower."""
 
-    @abstractmethod
     def tower(self, model: PreTrainedModel) -> PreTrainedModel:
         """The vision tower."""
+        tower: Any = model.get_submodule(self.tower_name)
+        return tower
 
     def projector(self, model: PreTrainedModel) -> nn.Module:
         """What brings the tower's tokens to the width of the language model, or `NoProjector` in its place."""
         return model.get_submodule(self.projector_name)
+
+    def part_of(self, name: str) -> str:
+        """The part, one of `PARTS`, that a parameter or submodule is of, by its name in the host.
+
+        The head is of the language model. What stands between the two, such as weights of methods, is of the projector.
+        """
+        if inside(name, self.projector_name):
+            return "projector"
+        if inside(name, self.tower_name):
+            return "tower"
+        return "language" if inside(name, self.language_name) or inside(name, HEAD) else "projector"
+
+    def idle(self, config: PreTrainedConfig) -> tuple[str, ...]:
+        """Submodules of the tower that compute nothing the host takes, so that no gradient reaches them."""
+        return ()
 
     @abstractmethod
     def layouts(self, model: PreTrainedModel, images: dict[str, Any]) -> list[Layout]:
@@ -216,6 +243,16 @@ def adapter_of_type(model_type: str) -> Adapter:
     if stock not in adapters():
         raise ValueError(f"model type {stock!r} is not supported; supported are {', '.join(sorted(adapters()))}")
     return adapters()[stock]
+
+
+def inside(name: str, module: str) -> bool:
+    """Whether ``name`` is that of ``module`` or of something in it."""
+    return name == module or name.startswith(f"{module}.")
+
+
+def without_peft(name: str) -> str:
+    """The name that a parameter or submodule has where PEFT wraps nothing."""
+    return _WRAPPED_BY_PEFT.sub("", name)
 
 
 def images_by_grid(grids: Sequence[tuple[int, int]]) -> dict[tuple[int, int], list[int]]:

@@ -123,8 +123,8 @@ def _words(hint: Any) -> str:
     if get_origin(hint) is list:
         return f"a list, each {_words(*get_args(hint))}"
     if get_origin(hint) is dict:
-        key, value = map(_words, get_args(hint))
-        return f"a mapping, each key {key}, each value {value}"
+        key, value = get_args(hint)
+        return f"a mapping, each key {_words(key)}" + ("" if value is Any else f", each value {_words(value)}")
     if get_args(hint):
         return " or ".join(map(_words, get_args(hint)))
     return "None" if hint is type(None) else f"of type {hint.__name__}"

@@ -101,8 +101,12 @@ class Slots(nn.Module):
         """Name of the submodule that does what ``method`` says, None where there is none."""
         return next((place for held, place in zip(self.methods, self.places, strict=True) if held == method), None)
 
-    def match(self, model: PreTrainedModel, keep: Slots | None) -> None:
-        """Bring new weights, which ``keep`` does not hold, to the model's dtype and its projector's device."""
+    def match(self, model: PreTrainedModel, keep: Slots | None, *, trained: bool = False) -> None:
+        """Bring new weights, which ``keep`` does not hold, to the model's dtype and its projector's device.
+
+        Args:
+            trained: Whether an adapter is going to bring them trained.
+        """
         held = set() if keep is None else set(keep.modules())
         own = adapter_for(model.config).projector(model)
         beside = own if keep is None or keep.projection is None else keep.projection
@@ -110,12 +114,14 @@ class Slots(nn.Module):
             module = self.get_submodule(place)
             if method.needs_weights and module not in held:
                 module.to(compute_device(beside), model.dtype)
-                log.warning(
-                    "%s starts from %.3g million untrained weights: train vision_slots.%s before you trust an answer",
-                    method.type,
-                    sum(parameter.numel() for parameter in module.parameters()) / 1e6,
-                    place,
-                )
+                if not trained:
+                    log.warning(
+                        "%s starts from %.3g million untrained weights: train vision_slots.%s before you trust an "
+                        "answer",
+                        method.type,
+                        sum(parameter.numel() for parameter in module.parameters()) / 1e6,
+                        place,
+                    )
         for method in [] if keep is None else keep.methods:
             if method.needs_weights and self.place_of(method) is None:
                 log.warning("%s goes, and its weights with it: %s", method.type, method)

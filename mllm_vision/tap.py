@@ -26,6 +26,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from mllm_vision.host import without_peft
 from mllm_vision.tokens import AttentionFromCLS, Evidence
 
 MAP_ELEMENTS = 1 << 21
@@ -61,7 +62,7 @@ _recording: ContextVar[Recording | None] = ContextVar("mllm_vision_recording", d
 def listen(tower: PreTrainedModel, requests: Sequence[Evidence]) -> Iterator[Recording]:
     """Record the evidence ``requests`` of every forward pass of ``tower`` that this thread runs inside the block."""
     layers = attention_layers(tower)
-    recording = Recording({layers[r.layer]: r.layer for r in requests}, requests)
+    recording = Recording({layer: r.layer for r in requests for layer in layers[r.layer]}, requests)
     if not requests:
         yield recording
         return
@@ -73,11 +74,18 @@ def listen(tower: PreTrainedModel, requests: Sequence[Evidence]) -> Iterator[Rec
         _recording.reset(token)
 
 
-def attention_layers(tower: PreTrainedModel) -> list[nn.Module]:
-    """The attention modules of ``tower`` in order: those whose class it declares as the source of its attentions."""
+def attention_layers(tower: PreTrainedModel) -> list[list[nn.Module]]:
+    """The attention modules of each layer of ``tower``: those whose class it declares as the source of its attentions.
+
+    There is one a layer, and beside it a copy where PEFT trains the tower in full; either runs, as PEFT is told.
+    """
     declared = tower._can_record_outputs["attentions"]
     source = getattr(declared, "target_class", declared)
-    return [module for module in tower.modules() if isinstance(module, source)]
+    layers: dict[str, list[nn.Module]] = {}
+    for name, module in tower.named_modules():
+        if isinstance(module, source):
+            layers.setdefault(without_peft(f".{name}"), []).append(module)
+    return list(layers.values())
 
 
 @contextmanager
