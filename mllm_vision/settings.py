@@ -127,4 +127,6 @@ def _words(hint: Any) -> str:
         return f"a mapping, each key {_words(key)}" + ("" if value is Any else f", each value {_words(value)}")
     if get_args(hint):
         return " or ".join(map(_words, get_args(hint)))
+    if isinstance(hint, type) and issubclass(hint, Settings):
+        return f"a mapping with {', '.join(hint.missing([]))}"
     return "None" if hint is type(None) else f"of type {hint.__name__}"

@@ -234,4 +234,4 @@ def _stage(raw: Any) -> Stage:
     if not isinstance(raw, dict) or raw.get("objective") not in STAGES:
         got = repr(raw.get("objective")) if isinstance(raw, dict) else type(raw).__name__
         raise ValueError(f"a stage's objective must be one of {', '.join(STAGES)}, got {got}")
-    return _built(STAGES[raw["objective"]], raw, f"stages.{raw.get('name')}")
+    return _built(STAGES[raw["objective"]], raw, f"stages.{raw.get('name', '?')}")

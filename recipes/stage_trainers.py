@@ -12,8 +12,6 @@ from transformers import EvalPrediction, PreTrainedModel, ProcessorMixin, Traini
 
 from mllm_vision.api import find_host
 from mllm_vision.eval.tasks.scenes import Scenes
-from mllm_vision.host import adapter_for
-from mllm_vision.recipes.cached_tower import cached_tower
 from mllm_vision.recipes.data import ChatCollator, ModalityLengthSampler, RowEncoder, training_rows
 from mllm_vision.recipes.objectives import (
     HITS,

@@ -9,8 +9,10 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration, TrainerCa
 import mllm_vision as mv
 import mllm_vision.recipes.publish as publish_module
 import mllm_vision.recipes.train as train_module
+import mllm_vision.recipes.trainer as trainer_module
 from mllm_vision.eval import evaluate
 from mllm_vision.recipes.recipe import load_recipe
+from mllm_vision.recipes.stage_trainers import trainer_for
 from mllm_vision.recipes.train import train
 from mllm_vision.scenes import render, sample_scene
 
@@ -78,15 +80,14 @@ def toy(tmp_path_factory):
 
 
 def train_and_kill(monkeypatch, toy, objective, step, *overrides):
-    build = train_module._OBJECTIVES[objective]
-
-    def build_and_kill(*args):
-        trainer = build(*args)
-        trainer.add_callback(KillAfter(step))
+    def build_and_kill(stage, *args):
+        trainer = trainer_for(stage, *args)
+        if stage.objective == objective:
+            trainer.add_callback(KillAfter(step))
         return trainer
 
     with monkeypatch.context() as patch:
-        patch.setitem(train_module._OBJECTIVES, objective, build_and_kill)
+        patch.setattr(train_module, "trainer_for", build_and_kill)
         with pytest.raises(Killed):
             train(toy, overrides)
 
@@ -129,10 +130,11 @@ def test_a_run_goes_on_with_the_tower_as_a_vit_uhd(toy, unbroken, tmp_path, monk
         tasks.append(task)
         return evaluate(model, processor, task, **kwargs)
 
-    for module in (train_module, publish_module):
+    for module in (trainer_module, publish_module):
         monkeypatch.setattr(module, "evaluate", asked)
     changed = [
         f"model={{base: {unbroken}, patch_size: 7, merger_layers: [0]}}",
+        "task=scenes:questions=4:side=112:text_scale=0.75",
         *("side=112", "text_scale=0.75", f"output={tmp_path / 'uhd'}"),
         *(
             f"stages.{name}.arguments.{field}"
@@ -158,9 +160,10 @@ def test_a_run_goes_on_with_the_tower_as_a_vit_uhd(toy, unbroken, tmp_path, monk
 @pytest.mark.parametrize("number", [0, 1])
 def test_every_stage_draws_the_scenes_of_its_recipe(toy, tmp_path, number):
     plan = load_recipe(toy, ["side=112", "text_scale=0.75", "stages.tower.logit_scale=7"])
-    stage, (model, processor) = plan.stages[number], train_module._load(plan, None)
-    arguments = TrainingArguments(str(tmp_path), report_to="none")
-    trainer = train_module._OBJECTIVES[stage.objective](plan, stage, model, processor, arguments, 9)
+    stage = plan.stages[number]
+    model, processor = train_module._load(plan, train_module._beginning(plan, tmp_path / "out"))
+    arguments = TrainingArguments(str(tmp_path), report_to="none", max_steps=9)
+    trainer = trainer_for(stage, plan, model, processor, arguments)
     for drawn, split in ((trainer.train_dataset, "train"), (trainer.eval_dataset, "validation")):
         assert (drawn.split, drawn.side, drawn.text_scale) == (split, 112, 0.75)
     if stage.objective == "patch_words":
