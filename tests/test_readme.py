@@ -113,6 +113,17 @@ def reading_rows(name):
         yield f"| {arm} | {cost} | {with_interval(row['scores']['reading']['accuracy'], '.3f')} | {difference} |"
 
 
+def contrasted_rows(task, group, *names):
+    """What each strategy scores with the setting that was chosen for it, and the differences to plain decoding."""
+    cutoff = read(RESULTS / f"damro_{task}_cutoff.json")["temperatures"]
+    for temperature, parts in read(RESULTS / f"damro_{task}.json")["temperatures"].items():
+        rows = [*parts["tested"].values(), *list(cutoff[temperature]["tested"].values())[1:]]
+        for row in rows:
+            scores = [with_interval(row["scores"][group][name], ".3f") for name in names]
+            difference = with_interval(row["differences"][group][names[0]], "+.3f") if row["methods"] != "plain" else ""
+            yield f"| {temperature} | {row['methods']} | {scores[0]} | {' | '.join([difference, *scores[1:]])} |"
+
+
 def sweep_rows():
     """A method a row, a budget a column: what is lost of the mean of families, with its interval."""
     points = read(RESULTS / "sweep.json")["points"]
@@ -140,6 +151,8 @@ def family_rows():
         *(partial(rows, "spatial_tokens") for rows in (study_rows, study_family_rows)),
         *(partial(rows, "progressive_compression") for rows in (reading_rows, study_rows, study_family_rows)),
         partial(reading_rows, "progressive_compression_longer"),
+        partial(contrasted_rows, "existence", "existence_adversarial", "f1", "precision", "recall"),
+        partial(contrasted_rows, "captions", "all", "chair_s", "chair_i", "recall"),
     ],
 )
 def test_tables_are_those_of_the_result_files(rows):
