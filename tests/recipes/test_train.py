@@ -19,8 +19,7 @@ from mllm_vision.scenes import render, sample_scene
 _STAGE = """
   - name: {name}
     objective: {objective}
-    trains: {trains}
-    turns: {turns}
+    trains: {trains}{more}
     arguments:
       max_steps: 3
       per_device_train_batch_size: 2
@@ -44,13 +43,13 @@ model:
 stages:
 """
     + _STAGE.format(
-        name="tower", objective="patch_words", trains="[model.vision_tower, model.multi_modal_projector]", turns="{}"
+        name="tower", objective="patch_words", trains="[tower, model.multi_modal_projector]", more=""
     )
     + _STAGE.format(
         name="language",
         objective="answers",
-        trains="[model.multi_modal_projector, model.language_model]",
-        turns="{caption: 0.5, existence: 2, count: 1}",
+        trains="[projector, language]",
+        more="\n    turns: {caption: 0.5, existence: 2, count: 1}",
     )
 )
 
