@@ -53,7 +53,7 @@ class Base:
 
     model_type: str
     methods: dict[str, Any] | None
-    weights: dict[str, dict[str, list[Any]]]
+    weights: dict[str, dict[str, Any]]
     name: str = ""
 
     @classmethod
@@ -71,7 +71,7 @@ class Base:
                 by_part[adapter.part_of(name)].append(name)
         # Drawn by their names, so that no kind of weight is left out because it comes at the same place of every layer.
         chosen = [sorted(names, key=lambda n: zlib.crc32(n.encode()))[:SAMPLED_WEIGHTS] for names in by_part.values()]
-        sampled = {
+        sampled: dict[str, dict[str, Any]] = {
             name: {"shape": list(weights[name].shape), "values": _sample(weights[name])}
             for names in chosen
             for name in names

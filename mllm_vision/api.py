@@ -27,7 +27,9 @@ CHECKPOINTS = Path(__file__).parent / "checkpoints"
 """Folder of the trained models that come with the library."""
 
 
-def load(name_or_path: str | Path, *methods: MethodConfig, **kwargs: Any) -> tuple[PreTrainedModel, ProcessorMixin]:
+def load(
+    name_or_path: str | Path, *methods: MethodConfig, base: str | Path | None = None, **kwargs: Any
+) -> tuple[PreTrainedModel, ProcessorMixin]:
     """A model with methods plugged in, and its stock processor.
 
     Of an adapter, its base with the adapter's methods, and the adapter on it: a `PeftModel`.
@@ -36,6 +38,7 @@ def load(name_or_path: str | Path, *methods: MethodConfig, **kwargs: Any) -> tup
         name_or_path: A hub id, a folder, or the name of a checkpoint that comes with the library
             ("tiny-llava-scenes"); of a model, or of an adapter that `mllm_vision.adapter_folder` wrote.
         methods: Configs of the methods, applied in this order; none leaves the checkpoint as it is.
+        base: Of an adapter, the model that it was trained on, if that is not where the adapter says.
         kwargs: As for `AutoModelForImageTextToText.from_pretrained`: dtype, device_map, quantization_config, ...
 
     Raises:
@@ -45,28 +48,29 @@ def load(name_or_path: str | Path, *methods: MethodConfig, **kwargs: Any) -> tup
     """
     from mllm_vision.adapter_folder import Base, adapter_folder, attach
 
-    source = _source(name_or_path)
+    source = source_of(name_or_path)
     hub = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if k in kwargs}
-    base, folder = None, adapter_folder(source, **hub)
+    folder, trained_on = adapter_folder(source, **hub), None
     if folder is not None:
-        base = Base.read(folder)
-        source, methods = _source(base.name), (*base.plugged(methods),)
-        for options in (hub, kwargs):  # these two are the adapter's
-            options.pop("revision", None), options.pop("subfolder", None)
+        trained_on = Base.read(folder)
+        source, methods = source_of(base or trained_on.name), (*trained_on.plugged(methods),)
+        for name in ("revision", "subfolder"):  # which are the adapter's
+            hub.pop(name, None), kwargs.pop(name, None)
+    elif base is not None:
+        raise ValueError(f"a base belongs to an adapter, and {source} is none")
     try:
         config = kwargs.pop("config", None) or AutoConfig.from_pretrained(source, **hub)
     except OSError as error:
-        if base is None:
+        if trained_on is None:
             raise
         raise ValueError(
-            f"{name_or_path} was trained on {source}, which is not to be had; load that from where it is with "
-            "methods, and call mllm_vision.adapter_folder.attach(model, adapter)"
+            f"{name_or_path} was trained on {source}, which is not to be had; say with base= where it is"
         ) from error
     adapter = adapter_for(config)
     with torch.device("meta"):
         slots = Slots(replacing(restored(getattr(config, "mllm_vision", None)), methods), config)
-    if base is not None:
-        base.check_config(config, slots.methods)
+    if trained_on is not None:
+        trained_on.check_config(config, slots.methods)
     processor = adapter.load_processor(source, **hub)
     model, info = AutoModelForImageTextToText.from_pretrained(source, config=config, output_loading_info=True, **kwargs)
     require_weights(info)
@@ -75,7 +79,7 @@ def load(name_or_path: str | Path, *methods: MethodConfig, **kwargs: Any) -> tup
     return (model if folder is None else attach(model, folder)), processor
 
 
-def _source(name_or_path: str | Path) -> str | Path:
+def source_of(name_or_path: str | Path) -> str | Path:
     """Where to load from: the folder of a checkpoint that comes with the library, or what was asked for."""
     bundled = CHECKPOINTS / str(name_or_path)
     return bundled if bundled.is_dir() else name_or_path

@@ -291,7 +291,8 @@ def _sparing_slots(quantised: Any) -> Any:
     """A quantisation config that, if it is of bitsandbytes, leaves the slots alone, and the head as it would untold."""
     sparing = AutoQuantizationConfig.from_dict(quantised) if isinstance(quantised, dict) else copy.copy(quantised)
     if isinstance(sparing, BitsAndBytesConfig):
-        sparing.llm_int8_skip_modules = [*(sparing.llm_int8_skip_modules or ["lm_head"]), "vision_slots"]
+        spared = [*(sparing.llm_int8_skip_modules or ["lm_head"]), "vision_slots"]
+        sparing.llm_int8_skip_modules = list(dict.fromkeys(spared))
     return sparing
 
 

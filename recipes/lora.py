@@ -15,6 +15,7 @@ from torch import nn
 from mllm_vision.adapter_folder import Base
 from mllm_vision.api import find_host
 from mllm_vision.host import HEAD, PARTS, adapter_for, inside
+from mllm_vision.recipes.parameters import transformer_layers
 from mllm_vision.settings import Settings
 from mllm_vision.slotted import SlottedModel
 
@@ -93,17 +94,19 @@ def with_lora(model: PreTrainedModel, spec: LoraSpec, trains: Sequence[str] = ()
         full += [f"vision_slots.{place}" for method, place in held if method.needs_weights]
     layers: list[str] = []
     for part in spec.parts:
-        found = linear_layers(host, part)
+        found = linear_layers(host, part, spec.options.get("layers_to_transform"))
         if not found and spec.target != "all":
             raise ValueError(f"the {part} of this model has no linear layer for LoRA; take {part} out of target")
         if both := sorted(name for name in found if any(inside(name, module) for module in full)):
             raise ValueError(f"the {part} is both trained in full and adapted, as {both[0]}; take it out of either")
         layers += found
+    if not layers:
+        raise ValueError(f"there is no linear layer for LoRA in {', '.join(spec.parts)} with options {spec.options}")
     config = LoraConfig(
         r=spec.r,
         lora_alpha=spec.alpha,
         lora_dropout=spec.dropout,
-        target_modules=_transformed(layers, spec.options.get("layers_to_transform")),
+        target_modules=layers,
         modules_to_save=list(dict.fromkeys(full)) or None,
         **{name: value for name, value in spec.options.items() if name != "layers_to_transform"},
     )
@@ -113,17 +116,27 @@ def with_lora(model: PreTrainedModel, spec: LoraSpec, trains: Sequence[str] = ()
     return adapted
 
 
-def linear_layers(host: PreTrainedModel, part: str) -> list[str]:
-    """Names of the linear layers of a part that a gradient can reach, quantised ones among them."""
+def linear_layers(host: PreTrainedModel, part: str, numbers: int | list[int] | None = None) -> list[str]:
+    """Names of the linear layers of a part that a gradient can reach, quantised ones among them.
+
+    Args:
+        numbers: Of the transformer layers that they are in, which PEFT, given full names, does not look at; None for
+            all, and those that are in none.
+    """
     adapter = adapter_for(host.config)
     idle = (*adapter.idle(host.config), HEAD, "vision_slots")
-    return [
+    names = [
         name
         for name, module in host.named_modules()
         if isinstance(module, nn.Linear)
         and adapter.part_of(name) == part
         and not any(inside(name, other) for other in idle)
     ]
+    if numbers is None:
+        return names
+    wanted = {numbers} if isinstance(numbers, int) else set(numbers)
+    chosen = [layer for i, layer in enumerate(transformer_layers(host, part)) if i in wanted]
+    return [name for name in names if any(inside(name, layer) for layer in chosen)]
 
 
 def trained_in_full(host: PreTrainedModel, asked: str) -> list[str]:
@@ -157,11 +170,3 @@ def _beside(host: PreTrainedModel, whole: str, part: str) -> list[str]:
         items = [f"{name}.{i}" for i in range(len(module))] if isinstance(module, nn.ModuleList) else [name]
         names += [f"{whole}.{item}" for item in items]
     return [name for name in names if name != part and any(True for _ in host.get_submodule(name).parameters())]
-
-
-def _transformed(layers: list[str], chosen: int | list[int] | None) -> list[str]:
-    """The ``layers`` that are in transformer layers with the ``chosen`` numbers; PEFT, given full names, takes all."""
-    if chosen is None:
-        return layers
-    numbers = {chosen} if isinstance(chosen, int) else set(chosen)
-    return [name for name in layers if any(piece.isdigit() and int(piece) in numbers for piece in name.split("."))]

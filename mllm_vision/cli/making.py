@@ -9,9 +9,7 @@ from typing import Annotated
 
 import typer
 
-from mllm_vision.cli.options import (
-    Overwrite,
-)
+from mllm_vision.cli.options import Dtype, Overwrite, Precision
 
 
 class SceneFormat(str, Enum):
@@ -126,6 +124,21 @@ def assemble(
     untrained = adapter_for(model.config).projector(model).parameters()
     new = sum(parameter.numel() for parameter in untrained)
     typer.echo(f"{model.num_parameters():,} parameters, of which the {new:,} of the projector are untrained: {out}")
+
+
+def merge(
+    adapter: Annotated[str, typer.Argument(help="The adapter, a folder or a hub id.")],
+    out: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write.")],
+    base: Annotated[
+        str | None, typer.Option(help="The model it was trained on, a folder or a hub id; else what it names.")
+    ] = None,
+    dtype: Precision = Dtype.auto,
+    overwrite: Overwrite = False,
+) -> None:
+    """Make a folder that from_pretrained loads, without PEFT, of an adapter and its base."""
+    from mllm_vision.recipes.merging import merge as merged
+
+    typer.echo(merged(adapter, out, base=base, dtype=dtype.value, overwrite=overwrite))
 
 
 def scenes(
