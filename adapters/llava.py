@@ -20,8 +20,6 @@ OBJECT_DEPTH = 9 / 24
 """Share of the tower's depth at which attention is on objects: the 9th of CLIP-L's 24 layers (HiPrune, section 3)."""
 
 TOWERS_HAVE_CLS = {"clip_vision_model": True, "siglip_vision_model": False, "dinov2": True}
-RESAMPLES_UNASKED = "dinov2"
-"""Fits its positions to pictures of any size by itself; the others do where `interpolate_pos_encoding` says so."""
 CLS_GOES_THROUGH = "the CLS token goes through it, too; set vision_feature_select_strategy to 'default'"
 TOWER_LAYERS = ("encoder.layers", "layers")
 """What the towers call the list of their layers."""
@@ -80,7 +78,7 @@ class LlavaAdapter(Adapter):
         pixels, options = images["pixel_values"], {k: v for k, v in images.items() if k != "pixel_values"}
         if grids[0] != layouts[0].grid:
             pixels = resize_tiles(pixels, grids[0], model.config.vision_config.patch_size)
-            options |= other_grid(model.config)
+            options["interpolate_pos_encoding"] = True
         seen = model.model.get_image_features(pixel_values=pixels, return_dict=True, **options)
         maps = patch_maps(seen.hidden_states, grids[0], model.config, images)
         first = int(keeps_cls(model.config, images))
@@ -205,11 +203,6 @@ def feature_layers(config: PreTrainedConfig, images: dict[str, Any]) -> list[int
     layers = images.get("vision_feature_layer")
     layers = config.vision_feature_layer if layers is None else layers
     return [layers] if isinstance(layers, int) else list(layers)
-
-
-def other_grid(config: PreTrainedConfig) -> dict[str, bool]:
-    """What the tower has to be told to see a picture of another size than it was made for."""
-    return {} if config.vision_config.model_type == RESAMPLES_UNASKED else {"interpolate_pos_encoding": True}
 
 
 def patch_maps(

@@ -9,15 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mllm_vision.adapters.llava import (
-    LlavaAdapter,
-    feature_layers,
-    keeps_cls,
-    other_grid,
-    patch_maps,
-    resize_tiles,
-    tile_grid,
-)
+from mllm_vision.adapters.llava import LlavaAdapter, feature_layers, keeps_cls, patch_maps, resize_tiles, tile_grid
 from mllm_vision.host import Adapter, Encoded, Layout, NoProjector, images_by_grid, seeded_noise
 from mllm_vision.operations import TowerFacts
 
@@ -88,7 +80,7 @@ class LlavaNextAdapter(LlavaAdapter):
             batch = resize_tiles(torch.cat([tiles[i] for i in members]), grid, config.vision_config.patch_size)
             layers = feature_layers(config, images)
             states = core.vision_tower(
-                batch, output_hidden_states=layers, return_dict=True, **other_grid(config)
+                batch, interpolate_pos_encoding=True, output_hidden_states=layers, return_dict=True
             ).hidden_states
             seen, sizes = patch_maps(states, grid, config, images), [counts[i] for i in members]
             maps |= zip(members, seen.split(sizes), strict=True)
