@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from mllm_vision.cli.asking import ask, demo, methods
-from mllm_vision.cli.making import convert, scenes, study, train
+from mllm_vision.cli.making import convert, photos, scenes, study, train
 from mllm_vision.cli.measuring import bench, overhead
 from mllm_vision.cli.scoring import evaluate, sweep, tasks, tune
 
@@ -37,7 +37,7 @@ app = typer.Typer(
 )
 
 app.command("eval")(evaluate)
-for command in (ask, methods, demo, sweep, tune, tasks, bench, overhead, train, study, convert, scenes):
+for command in (ask, methods, demo, sweep, tune, tasks, bench, overhead, train, study, convert, scenes, photos):
     app.command()(command)
 
 
