@@ -1,7 +1,7 @@
-"""Photographs composed from real cut-outs, with known objects, counts and positions; no benchmark of natural pictures.
+"""Photographs composed from real cut-outs, with known objects, counts and positions; not a VQA benchmark.
 
-Three families of questions: whether a thing is there, with POPE's three kinds of negatives; how many there are; on which
-side of another thing or in which quarter of the picture one lies. No cut-out and no background is one of training.
+Three families of questions: whether a thing is there, with POPE's three kinds of negatives; how many there are; where
+one lies, beside another or in the picture. No cut-out and no background is one of training.
 
 Differs: existence counts an answer only if it is "yes" or "no", in whatever case and with or without a full stop, as
 `scenes` does.
