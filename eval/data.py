@@ -134,7 +134,7 @@ def rows(hub: HubData | None, folder: Path | None) -> tuple[Iterable[Row], dict[
     files = sorted(folder.glob("*.jsonl")) or sorted(folder.glob("*.json"))
     if not files:
         raise ValueError(f"{folder} holds neither dataset_info.json (a datasets directory) nor JSONL files")
-    return file_rows(folder, files, [record for path in files for record in _records(path)])
+    return file_rows(folder, files, [record for path in files for record in records(path)])
 
 
 def file_rows(
@@ -150,7 +150,12 @@ def _local(folder: Path, files: Sequence[Path], n: int) -> dict[str, Any]:
     return {"source": f"folder {folder.name}", "sha256": digest, "rows": n}
 
 
-def _records(path: Path) -> list[dict[str, Any]]:
+def records(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL or JSON file, with ``file`` and, for a line that is broken, `DAMAGED`.
+
+    Raises:
+        ValueError: it is no JSON at all.
+    """
     text = path.read_text(encoding="utf-8")
     try:
         # POPE's own files are called .json and hold JSONL. A line ends at \n only, not at what else Unicode has.

@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from mllm_vision.cli.asking import ask, demo, methods
-from mllm_vision.cli.making import assemble, convert, merge, recipe, recipes, scenes, study, train
+from mllm_vision.cli.making import assemble, convert, merge, photos, recipe, recipes, scenes, study, train
 from mllm_vision.cli.measuring import bench, overhead
 from mllm_vision.cli.scoring import evaluate, sweep, tasks, tune
 
@@ -53,6 +53,7 @@ for command in (
     convert,
     assemble,
     scenes,
+    photos,
 ):
     app.command()(command)
 app.add_typer(recipe, name="recipe")

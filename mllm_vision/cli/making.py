@@ -157,3 +157,30 @@ def scenes(
 
     write = export.export_dataset if form is SceneFormat.datasets else export.export_conversations
     typer.echo(write(out, split, n, side=side, seed=seed, overwrite=overwrite))
+
+
+def photos(
+    out: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write.")],
+    cutouts: Annotated[Path, typer.Option(help="Tux Paint's stamps.")],
+    backgrounds: Annotated[list[Path], typer.Option(help="Pictures to paste on; give it again for a second folder.")],
+    train: Annotated[int, typer.Option(min=0, help="Number of photographs to train on.")] = 8000,
+    validation: Annotated[int, typer.Option(min=0, help="Number to choose settings on.")] = 400,
+    test: Annotated[int, typer.Option(min=0, help="Number to measure on.")] = 1000,
+    side: Annotated[int, typer.Option(help="Width and height in pixels.")] = 336,
+    seed: Annotated[int, typer.Option(help="Another seed composes other photographs.")] = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Compose photographs of cut-outs on backgrounds, with captions and questions, to train and to measure a model on.
+
+    Debian and what is built on it have the pictures. Where the packages tuxpaint-stamps-default and
+    plasma-workspace-wallpapers are installed, the folders are /usr/share/tuxpaint/stamps and /usr/share/wallpapers. To
+    have them without installing: apt-get download tuxpaint-stamps-default plasma-workspace-wallpapers, then for each
+    dpkg-deb -x PACKAGE.deb FOLDER, and give FOLDER/usr/share/...
+
+    No cut-out and no background is in two of training, validation and test. `mllm-vision eval --tasks photos --data
+    DIR` measures on DIR/photos.
+    """
+    from mllm_vision.photos.export import export_photos
+
+    sizes = {"train": train, "validation": validation, "test": test}
+    typer.echo(export_photos(out, cutouts, backgrounds, sizes, side=side, seed=seed, overwrite=overwrite))

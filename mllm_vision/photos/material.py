@@ -10,7 +10,7 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ class Vocabulary:
         return {kind for kind, members in self._kinds.items() if noun in members} | set(self._kinds.get(noun, ()))
 
 
+@cache
 def load_vocabulary() -> Vocabulary:
     """The vocabulary of `cutouts.yaml`."""
     return Vocabulary(_table("cutouts"))

@@ -1,0 +1,114 @@
+"""Photographs composed from real cut-outs, with known objects, counts and positions; not a VQA benchmark.
+
+Three families of questions: whether a thing is there, with POPE's three kinds of negatives; how many there are; where
+one lies, beside another or in the picture. No cut-out and no background is one of training.
+
+Differs: existence counts an answer only if it is "yes" or "no", in whatever case and with or without a full stop, as
+`scenes` does.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from mllm_vision.eval.data import Row, file_rows, records
+from mllm_vision.eval.metrics.ratio import ratio
+from mllm_vision.eval.metrics.yes_no import yes_no_scores, yes_no_tally
+from mllm_vision.eval.task import Example, Sums, Tally, Task
+from mllm_vision.photos.export import QUESTION_FOLDER
+from mllm_vision.photos.questions import FAMILIES, NEGATIVES, NUMBERS
+
+__all__ = ["Photos"]
+
+OVERALL = "mean of families"
+
+_DIGITS = {str(number): word for number, word in enumerate(NUMBERS)}
+
+
+@dataclass(kw_only=True)
+class Photos(Task, name="photos", paper="composed by mllm_vision.photos"):
+    """Questions about composed photographs, by family.
+
+    Args:
+        questions: Of each family; of existence, with each kind of negative and as many with what is there; of position,
+            of each of its two kinds.
+        families: Names of families joined by "/", or "all".
+        split: Of the photographs.
+    """
+
+    questions: int = 500
+    families: str = "all"
+    split: Literal["validation", "test"] = "test"
+
+    columns = (
+        "id, image, question, answer, family and kind, in questions/test.jsonl and questions/validation.jsonl, as "
+        "`mllm-vision photos DIR/photos` writes them"
+    )
+    max_new_tokens = 8
+    headline = (OVERALL, "accuracy")
+    resumable = ("questions", "families")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.questions < 1:
+            raise ValueError(f"questions must be 1 or more, got {self.questions}")
+        if unknown := set(self.asked_for) - set(FAMILIES):
+            raise ValueError(f"families must be of {', '.join(FAMILIES)}, got {', '.join(sorted(unknown))}")
+
+    @property
+    def asked_for(self) -> list[str]:
+        """The families."""
+        return list(FAMILIES) if self.families == "all" else self.families.split("/")
+
+    def rows(self, data: Path | None) -> tuple[Iterable[Row], dict[str, Any]]:
+        if data is None:
+            return super().rows(data)
+        file = data / QUESTION_FOLDER / f"{self.split}.jsonl"
+        if not file.is_file():
+            raise ValueError(f"there is no {file}; `mllm-vision photos {data}` writes it")
+        others = set(FAMILIES) - set(self.asked_for)  # a row of no known family stays, to be reported
+        found = [values for values in records(file) if values.get("family") not in others]
+        asked, taken = [], Counter[str]()
+        for values in found:
+            kind = str(values.get("kind"))
+            taken[kind] += 1
+            if taken[kind] <= self.questions:
+                asked.append(values)
+        return file_rows(data, [file], asked)
+
+    def examples(self, row: Row) -> Iterable[Example]:
+        family, kind, answer = row.text("family"), row.text("kind"), row.text("answer")
+        if family not in FAMILIES:
+            raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {family!r}")
+        negatives = NEGATIVES if kind == "present" else (kind,)
+        groups = {"existence": [f"existence_{kind}" for kind in negatives], "position": [f"position_{kind}"]}
+        yield Example(
+            id=row.text("id"),
+            question=row.text("question"),
+            images=[row.picture()],
+            target={"family": family, "answer": answer},
+            groups=tuple(groups.get(family, [family])),
+            unit=row.fingerprint(),
+        )
+
+    def tally(self, target: dict[str, str], answer: str) -> Tally:
+        said = answer.strip().lower().removesuffix(".")
+        if target["family"] == "existence":
+            return yes_no_tally(target["answer"], said if said in ("yes", "no") else None)
+        return {"n": 1, "right": float(_DIGITS.get(said, said) == target["answer"])}
+
+    def scores(self, sums: Sums) -> dict[str, Any]:
+        return yes_no_scores(sums) if "said_yes" in sums else {"accuracy": ratio(sums["right"], sums["n"])}
+
+    def summary(self, groups: Mapping[str, Sums]) -> dict[str, dict[str, Any]]:
+        by_family: dict[str, list[Any]] = {}
+        for group, sums in groups.items():
+            by_family.setdefault(group.partition("_")[0], []).append(ratio(sums["right"], sums["n"]))
+        families = [np.mean(accuracies, axis=0) for accuracies in by_family.values()]
+        return {OVERALL: {"accuracy": np.mean(families, axis=0)}}
