@@ -125,7 +125,7 @@ from mllm_vision.convert import whole_folder
 model, processor = mv.load(folder)  # the model it was trained on, its methods and this adapter
 ```
 """
-_COLUMNS = {"n": "n", "accuracy": "accuracy", "precision": "precision", "recall": "recall", "F1": "f1", "yes-ratio": "yes_ratio"}
+_COLUMNS = dict.fromkeys(("n", "accuracy", "precision", "recall")) | {"F1": "f1", "yes-ratio": "yes_ratio"}
 
 
 def _run(facts: dict[str, Any]) -> list[str]:
@@ -153,8 +153,9 @@ def _score_rows(facts: dict[str, Any]) -> list[list[str]]:
     def cell(value: float) -> str:
         return f"{value:.3f}" if isinstance(value, float) else str(value)
 
+    keys = [key or heading for heading, key in _COLUMNS.items()]
     return [
-        [family, *(cell(score[column]) if column in score else "" for column in _COLUMNS.values())]
+        [family, *(cell(score[key]) if key in score else "" for key in keys)]
         for family, score in facts["scores"].items()
     ]
 

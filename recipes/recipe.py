@@ -34,7 +34,7 @@ class Recipe(Settings):
             ViT-UHD; a tower and a language model to join; or the sizes of a new model.
         stages: One after the other.
         methods: What is plugged into the model, as `config.json` stores it; their weights are trained in every stage.
-        dtype: Of the weights. Mixed precision (float32 weights, bfloat16 arithmetic) is ``bf16`` among a stage's arguments.
+        dtype: Of the weights. Mixed precision, of float32 weights, is ``bf16`` among the arguments of a stage.
         quantize: Precision of the language model's frozen weights, for LoRA: 4-bit "nf4" or "int8".
         attention: Implementation of attention, as for `from_pretrained`; None is the default.
         publish_dtype: Of the weights as written at the end; None is ``dtype``.
@@ -79,6 +79,7 @@ class Recipe(Settings):
         names = [stage.name for stage in self.stages]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"stages: two are called {', '.join(twice)}")
+        reduced = any(method.kind == "reducer" for method in plugged)
         for stage in self.stages:
             where = f"stages.{stage.name}"
             if not stage.trains and stage.lora is None and not any(method.needs_weights for method in plugged):
@@ -86,9 +87,9 @@ class Recipe(Settings):
             if stage.lora is not None and stage is not self.stages[-1]:
                 raise ValueError(f"{where}: LoRA is for the last stage, whose result is an adapter; merge it to go on")
             if isinstance(stage, ConversationsStage) and stage.pack and plugged:
-                raise ValueError(f"{where}.pack: prompts that methods change cannot be packed; take out one or the other")
-            if isinstance(stage, AnswersStage) and stage.branches and any(method.kind == "reducer" for method in plugged):
-                raise ValueError(f"{where}.branches: prompts that reducers change cannot branch; set branches to false")
+                raise ValueError(f"{where}.pack: prompts that methods change cannot be packed; drop either")
+            if isinstance(stage, AnswersStage) and stage.branches and reduced:
+                raise ValueError(f"{where}.branches: prompts that reducers change cannot branch; set it to false")
             if self.quantize is not None and isinstance(stage, PatchWordsStage):
                 raise ValueError(f"{where}: a quantised model learns by LoRA, not from the words of patches")
         if self.quantize is not None:
@@ -125,7 +126,7 @@ def recipe_file(recipe: str | Path) -> Path:
     """
     path = Path(recipe) if Path(recipe).suffix in _SUFFIXES else RECIPES / f"{recipe}.yaml"
     if not path.is_file():
-        raise FileNotFoundError(f"no recipe {str(recipe)!r}; there are {', '.join(recipe_names())}, or name a YAML file")
+        raise FileNotFoundError(f"no recipe {str(recipe)!r}; there are {', '.join(recipe_names())}, or a YAML file")
     return path
 
 
@@ -180,7 +181,7 @@ _Loader.add_implicit_resolver(
 
 
 def _read(text: str) -> Any:
-    return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+    return yaml.load(text, _Loader)
 
 
 def _override(raw: dict[str, Any], override: str) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import singledispatch
 from typing import Any
 
@@ -25,7 +23,7 @@ from mllm_vision.recipes.objectives import (
 )
 from mllm_vision.recipes.recipe import Recipe
 from mllm_vision.recipes.stages import AnswersStage, ConversationsStage, PatchWordsStage, Stage
-from mllm_vision.recipes.trainer import AskingTrainer, RecipeTrainer
+from mllm_vision.recipes.trainer import AskingTrainer, RecipeTrainer, rows_a_step
 from mllm_vision.slotted import SlottedModel
 
 _HELD_OUT = 160  # validation scenes looked at during training
@@ -125,7 +123,7 @@ def _(
 
 def _scenes(arguments: TrainingArguments) -> int:
     """As many training scenes as the steps of a stage need: scenes are without end, and none is seen twice."""
-    return arguments.max_steps * arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    return arguments.max_steps * rows_a_step(arguments)
 
 
 def _added(model: PreTrainedModel) -> int:

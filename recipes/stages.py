@@ -64,9 +64,9 @@ class PatchWordsStage(Stage):
 
     Args:
         first_scene: Index of the first training scene. Stages with ranges apart see different pictures.
-        logit_scale: What the product of a feature and the embedding of a word is multiplied by. Word embeddings of a new
-            model have a length of 0.02 * sqrt(256) = 0.3: a feature that is the sum of its words scores 10 at 100. In a
-            trained model both have grown; 1 leaves its features as long as they are.
+        logit_scale: What the product of a feature and the embedding of a word is multiplied by. Word embeddings of a
+            new model have a length of 0.02 * sqrt(256) = 0.3: a feature that is the sum of its words scores 10 at 100.
+            In a trained model both have grown; 1 leaves its features as long as they are.
     """
 
     objective: Literal["patch_words"] = "patch_words"
@@ -78,6 +78,8 @@ class PatchWordsStage(Stage):
         _require_steps(self, "scenes have no epochs")
         if self.lora is not None:
             raise ValueError(f"stages.{self.name}: LoRA needs answers to learn from, got the objective patch_words")
+        if self.learning_rates or self.layer_decay:
+            raise ValueError(f"stages.{self.name}: words of patches are learnt with one rate; leave out rates by part")
 
 
 @dataclass(kw_only=True)
@@ -87,8 +89,8 @@ class AnswersStage(Stage):
     Args:
         first_scene: As in `PatchWordsStage`.
         turns: Questions a picture, by family or "caption".
-        branches: Whether the questions about a picture are branches of one sequence, each of which sees the picture and
-            itself, or turns of a conversation. Methods that leave a picture other tokens than its placeholders need turns.
+        branches: Whether the questions about a picture are branches of one sequence, each of which sees the picture
+            and itself, or turns of a conversation, as methods need that leave other tokens than placeholders.
     """
 
     objective: Literal["answers"] = "answers"
@@ -154,9 +156,7 @@ class ConversationsStage(Stage):
             raise ValueError(f"{where}: pack leaves no padding for group_by_modality to save; choose one")
 
 
-STAGES: dict[str, type[Stage]] = {
-    kind.objective: kind for kind in (PatchWordsStage, AnswersStage, ConversationsStage)
-}
+STAGES: dict[str, type[Stage]] = {kind.objective: kind for kind in (PatchWordsStage, AnswersStage, ConversationsStage)}
 """The kinds of stages, by their objective."""
 
 

@@ -1,8 +1,8 @@
 """The training entry point: run the stages of a recipe with the transformers Trainer and write the final model.
 
 A run can be killed and started again at any time: finished stages are kept, an unfinished one goes on from its latest
-checkpoint. A finished run is never overwritten unasked. Any number of processes (`accelerate launch -m mllm_vision train
-...`, or `torchrun`) do one run together.
+checkpoint. A finished run is never overwritten unasked. Any number of processes do one run together
+(`accelerate launch -m mllm_vision train ...`, or `torchrun`).
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from typing import Any
 import torch
 import yaml
 from peft import PeftModel
-from transformers import PreTrainedModel, ProcessorMixin, TrainingArguments, set_seed
+from transformers import AutoConfig, PreTrainedModel, ProcessorMixin, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 import mllm_vision as mv
 from mllm_vision.adapter_folder import save_adapter
+from mllm_vision.api import source_of
 from mllm_vision.convert import whole_folder
 from mllm_vision.host import PARTS, adapter_for, inside
 from mllm_vision.recipes.assembly import AssemblySpec, assemble
@@ -35,7 +36,7 @@ from mllm_vision.recipes.recipe import Recipe, load_recipe
 from mllm_vision.recipes.stage_trainers import trainer_for
 from mllm_vision.recipes.stages import ConversationsStage, Stage
 from mllm_vision.recipes.tiny_model import NewModelSpec, build_model, build_processor
-from mllm_vision.recipes.trainer import JSONLog, RecipeTrainer
+from mllm_vision.recipes.trainer import JSONLog, RecipeTrainer, rows_a_step
 from mllm_vision.recipes.uhd_tower import with_uhd_tower
 from mllm_vision.registry import MethodConfig
 
@@ -139,7 +140,8 @@ def _load(plan: Recipe, source: str | Path) -> tuple[PreTrainedModel, ProcessorM
     if plan.attention is not None:
         options["attn_implementation"] = plan.attention
     if plan.quantize is not None:
-        options["quantization_config"] = quantised(plan.quantize, source, options["dtype"])
+        adapter = adapter_for(AutoConfig.from_pretrained(source_of(source)))
+        options["quantization_config"] = quantised(plan.quantize, adapter, options["dtype"])
     return mv.load(source, *(MethodConfig.from_dict(method) for method in plan.methods), **options)
 
 
@@ -172,8 +174,7 @@ def _run_stage(
         record = {
             "name": stage.name,
             "steps": trainer.state.global_step,
-            "rows": trainer.state.global_step * arguments.train_batch_size * arguments.gradient_accumulation_steps
-            * arguments.world_size,
+            "rows": trainer.state.global_step * rows_a_step(arguments),
             "skipped": getattr(trainer.train_dataset, "skipped", 0),
             "trained": sum(parameter.numel() for parameter in trained.parameters() if parameter.requires_grad),
             "parameters": sum(parameter.numel() for parameter in trained.parameters()),
@@ -224,7 +225,7 @@ def _train_only(model: PreTrainedModel, names: Sequence[str]) -> None:
 
 
 def _retrains_all(plan: Recipe, stage: Stage) -> bool:
-    """Whether a stage with LoRA trains in full what those before it did, so that their result is not needed under it."""
+    """Whether a stage trains in full all that those before it did, so that its adapter fits what they began with."""
     earlier = {name for other in plan.stages[: plan.stages.index(stage)] for name in other.trains}
     return earlier <= set(stage.trains)
 

@@ -14,8 +14,14 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from mllm_vision.eval.evaluation import evaluate
 from mllm_vision.eval.task import Task
+from mllm_vision.recipes.objectives import PatchWords
 from mllm_vision.recipes.parameters import parameter_groups
 from mllm_vision.recipes.stages import Stage
+
+
+def rows_a_step(arguments: TrainingArguments) -> int:
+    """Rows that all processes learn from between two changes of the weights."""
+    return arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
 
 
 class RecipeTrainer(Trainer):
@@ -32,7 +38,7 @@ class RecipeTrainer(Trainer):
         self._row_ids: list[str] = []
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        if self.optimizer is None and (self.stage.learning_rates or self.stage.layer_decay):
+        if self.optimizer is None and not isinstance(self.model, PatchWords):
             optimised = self.model if model is None else model
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, optimised)
             groups = parameter_groups(

@@ -42,9 +42,7 @@ model:
          tie_word_embeddings: true}
 stages:
 """
-    + _STAGE.format(
-        name="tower", objective="patch_words", trains="[tower, model.multi_modal_projector]", more=""
-    )
+    + _STAGE.format(name="tower", objective="patch_words", trains="[tower, model.multi_modal_projector]", more="")
     + _STAGE.format(
         name="language",
         objective="answers",
