@@ -273,8 +273,13 @@ def encode_images(processor: ProcessorMixin, images: Sequence[Image.Image]) -> d
 
 def token_side(processor: ProcessorMixin, side: int) -> int:
     """Side in pixels of the square of a scene of `side` pixels that becomes one visual token."""
+    return side // tokens_a_side(processor, side)
+
+
+def tokens_a_side(processor: ProcessorMixin, side: int) -> int:
+    """How many visual tokens a square picture of `side` pixels has in a row."""
     encoded = encode_images(processor, [Image.new("RGB", (side, side))])
-    return side // math.isqrt(int((encoded["input_ids"] == processor.image_token_id).sum()))
+    return math.isqrt(int((encoded["input_ids"] == processor.image_token_id).sum()))
 
 
 def _single_token(processor: ProcessorMixin, word: str) -> int:

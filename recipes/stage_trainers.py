@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import singledispatch
+from collections.abc import Sequence
+from functools import partial, singledispatch
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,9 @@ from transformers import EvalPrediction, PreTrainedModel, ProcessorMixin, Traini
 
 from mllm_vision.api import find_host
 from mllm_vision.eval.tasks.scenes import Scenes
+from mllm_vision.recipes import object_words
 from mllm_vision.recipes.data import ChatCollator, ModalityLengthSampler, RowEncoder, training_rows
+from mllm_vision.recipes.object_words import ObjectWords, PhotoPatchCollator, PhotoPatches, nouns_of
 from mllm_vision.recipes.objectives import (
     HITS,
     AnswerCollator,
@@ -20,9 +23,10 @@ from mllm_vision.recipes.objectives import (
     PatchWords,
     PatchWordScenes,
     token_side,
+    tokens_a_side,
 )
 from mllm_vision.recipes.recipe import Recipe
-from mllm_vision.recipes.stages import AnswersStage, ConversationsStage, PatchWordsStage, Stage
+from mllm_vision.recipes.stages import AnswersStage, ConversationsStage, ObjectWordsStage, PatchWordsStage, Stage
 from mllm_vision.recipes.trainer import AskingTrainer, RecipeTrainer, rows_a_step
 from mllm_vision.slotted import SlottedModel
 
@@ -63,7 +67,28 @@ def _(
         data_collator=PatchWordCollator(processor),
         train_dataset=PatchWordScenes("train", stage.first_scene, _scenes(arguments), **scenes),
         eval_dataset=PatchWordScenes("validation", 0, _HELD_OUT, **scenes),
-        compute_metrics=_patch_word_accuracy,
+        compute_metrics=partial(_share_right, HITS),
+    )
+
+
+@trainer_for.register
+def _(
+    stage: ObjectWordsStage,
+    plan: Recipe,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    arguments: TrainingArguments,
+) -> RecipeTrainer:
+    nouns, grid = nouns_of(stage.photos), tokens_a_side(processor, plan.side)
+    arguments.label_names = ["nouns"]
+    return RecipeTrainer(
+        ObjectWords(model, processor, nouns),
+        arguments,
+        stage=stage,
+        data_collator=PhotoPatchCollator(processor),
+        train_dataset=PhotoPatches(stage.photos, "train", nouns, grid),
+        eval_dataset=PhotoPatches(stage.photos, "validation", nouns, grid, _HELD_OUT),
+        compute_metrics=partial(_share_right, object_words.HITS),
     )
 
 
@@ -131,6 +156,6 @@ def _added(model: PreTrainedModel) -> int:
     return host.vision_slots.added if isinstance(host, SlottedModel) else 0
 
 
-def _patch_word_accuracy(prediction: EvalPrediction) -> dict[str, float]:
+def _share_right(groups: Sequence[str], prediction: EvalPrediction) -> dict[str, float]:
     right, of = np.moveaxis(np.asarray(prediction.predictions).sum(0), -1, 0)
-    return {group: float(right[i] / max(of[i], 1)) for i, group in enumerate(HITS)}
+    return {group: float(right[i] / max(of[i], 1)) for i, group in enumerate(groups)}

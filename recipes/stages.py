@@ -83,6 +83,24 @@ class PatchWordsStage(Stage):
 
 
 @dataclass(kw_only=True)
+class ObjectWordsStage(Stage):
+    """The nouns of what lies under each patch of composed photographs, said by the tower through the projector.
+
+    Args:
+        photos: Folder that `mllm-vision photos` wrote.
+    """
+
+    objective: Literal["object_words"] = "object_words"
+
+    photos: str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lora is not None or "language" in self.trains:
+            raise ValueError(f"stages.{self.name}: the language model is not asked here; train tower or projector")
+
+
+@dataclass(kw_only=True)
 class AnswersStage(Stage):
     """Questions about drawn scenes and captions, many to a picture.
 
@@ -156,7 +174,8 @@ class ConversationsStage(Stage):
             raise ValueError(f"{where}: pack leaves no padding for group_by_modality to save; choose one")
 
 
-STAGES: dict[str, type[Stage]] = {kind.objective: kind for kind in (PatchWordsStage, AnswersStage, ConversationsStage)}
+_KINDS: tuple[type[Stage], ...] = (PatchWordsStage, ObjectWordsStage, AnswersStage, ConversationsStage)
+STAGES = {kind.defaults()["objective"]: kind for kind in _KINDS}
 """The kinds of stages, by their objective."""
 
 

@@ -10,11 +10,10 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mllm_vision.eval.evaluation import evaluate
 from mllm_vision.eval.task import Task
-from mllm_vision.recipes.objectives import PatchWords
 from mllm_vision.recipes.parameters import parameter_groups
 from mllm_vision.recipes.stages import Stage
 
@@ -38,7 +37,7 @@ class RecipeTrainer(Trainer):
         self._row_ids: list[str] = []
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        if self.optimizer is None and not isinstance(self.model, PatchWords):
+        if self.optimizer is None and isinstance(self.model, (PreTrainedModel, PeftModel)):
             optimised = self.model if model is None else model
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, optimised)
             groups = parameter_groups(
@@ -48,6 +47,7 @@ class RecipeTrainer(Trainer):
                 learning_rates=self.stage.learning_rates,
                 layer_decay=self.stage.layer_decay,
             )
+            groups.sort(key=lambda group: group["lr"] != self.args.learning_rate)  # the rate of the first is logged
             self.optimizer = kind(groups, **options)
         return super().create_optimizer(model)
 

@@ -19,6 +19,7 @@ from mllm_vision.photos.questions import Asker, Question
 MANIFEST = "photos.json"
 IMAGE_FOLDER = "images"
 QUESTION_FOLDER = "questions"
+OBJECTS = "objects.jsonl"
 JPEG_QUALITY = 90
 
 

@@ -1,0 +1,142 @@
+"""The nouns of what lies under each patch of a composed photograph, said by the tower through the projector.
+
+A cheap beginning for a fresh projector between a frozen tower and a frozen language model: each patch on a thing learns
+to be the word for it among the language model's own embeddings, which costs a pass through the tower alone. Captions
+then teach how several such tokens are said together.
+
+Shapes: B pictures, N patches, D width of the language model, K words.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, ProcessorMixin
+
+from mllm_vision.images import load_image
+from mllm_vision.photos.export import IMAGE_FOLDER, OBJECTS
+from mllm_vision.recipes.objectives import IGNORED, encode_images
+
+BACKGROUND = "background"
+HITS = ("thing", "background")
+"""What is counted of the words said of patches."""
+_CORE = 0.7
+"""Share of an object's box, in width and height about its middle, whose patches are taken to show it."""
+_SHARPNESS = 20.0  # of cosines, before their softmax
+
+
+class PhotoPatches(Dataset):
+    """Composed photographs with the noun that belongs to each patch.
+
+    Args:
+        folder: What `mllm_vision.photos.export_photos` wrote.
+        split: Of the photographs.
+        nouns: The words; the first is for patches on no object.
+        grid: Patches a side.
+        length: Photographs to go through, which begin anew at their end; None is each once.
+    """
+
+    def __init__(self, folder: str | Path, split: str, nouns: Sequence[str], grid: int, length: int | None = None):
+        self.folder, self.nouns, self.grid = Path(folder), list(nouns), grid
+        with (self.folder / OBJECTS).open(encoding="utf-8") as file:
+            self.rows = [row for row in map(json.loads, file) if row["split"] == split]
+        self.length = len(self.rows) if length is None else length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        row = self.rows[i % len(self.rows)]
+        image = load_image(self.folder / IMAGE_FOLDER / f"{row['id']}.jpg")
+        return {"row_id": row["id"], "image": image, "nouns": patch_nouns(row, self.nouns, self.grid)}
+
+
+def nouns_of(folder: str | Path) -> list[str]:
+    """`BACKGROUND`, then every noun of the training photographs, in alphabetical order."""
+    with (Path(folder) / OBJECTS).open(encoding="utf-8") as file:
+        rows = [row for row in map(json.loads, file) if row["split"] == "train"]
+    return [BACKGROUND, *sorted({thing["noun"] for row in rows for thing in row["objects"]})]
+
+
+def patch_nouns(row: dict[str, Any], nouns: Sequence[str], grid: int) -> Tensor:
+    """(N,): for each patch the index of the noun under its centre, 0 outside all boxes, `IGNORED` where it is unsure.
+
+    Unsure are the rims of boxes, overlaps, and nouns that are not among ``nouns``.
+
+    Args:
+        row: A line of the objects of photographs: ``side``, and ``objects`` with ``noun`` and ``box`` in pixels.
+    """
+    centres = (torch.arange(grid) + 0.5) * row["side"] / grid
+    y, x = centres[:, None], centres[None, :]
+    owners, within = torch.zeros(grid, grid, dtype=torch.long), torch.zeros(grid, grid, dtype=torch.long)
+    sure = torch.zeros(grid, grid, dtype=torch.bool)
+    for thing in row["objects"]:
+        left, top, right, bottom = thing["box"]
+        middle_x, middle_y = (left + right) / 2, (top + bottom) / 2
+        off_x, off_y = (x - middle_x).abs() * 2 / (right - left), (y - middle_y).abs() * 2 / (bottom - top)
+        core = (off_x < _CORE) & (off_y < _CORE)
+        if thing["noun"] in nouns:
+            owners[core] = nouns.index(thing["noun"])
+            sure |= core
+        within += (off_x < 1) & (off_y < 1)
+    owners[(within > 1) | ((within == 1) & ~sure)] = IGNORED
+    return owners.flatten()
+
+
+class PhotoPatchCollator:
+    """Makes a batch of rows of `PhotoPatches`: ``nouns`` (B, N), what the model needs of pictures, and ``row_ids``."""
+
+    def __init__(self, processor: ProcessorMixin):
+        self.processor = processor
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        images = encode_images(self.processor, [row["image"] for row in rows])
+        del images["input_ids"]
+        nouns = torch.stack([row["nouns"] for row in rows])
+        return {"nouns": nouns, "row_ids": [row["row_id"] for row in rows], **images}
+
+
+class ObjectWords(nn.Module):
+    """Compares each visual token with the language model's embeddings of nouns.
+
+    A noun is the mean of the embeddings of its tokens, as it stands behind another word. The loss is that of telling
+    the nouns apart by direction, and the distance to the right one, so that a token is about as long as a word.
+    Background, most of every picture, weighs a tenth.
+
+    Args:
+        model: A host with as many visual tokens as patches.
+        nouns: K words, the first for the background.
+    """
+
+    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, nouns: Sequence[str]):
+        super().__init__()
+        self.model = model
+        ids = [processor.tokenizer(f" {noun}", add_special_tokens=False)["input_ids"] for noun in nouns]
+        embeddings = model.get_input_embeddings().weight.detach()
+        words = torch.stack([embeddings[word].mean(0) for word in ids])
+        weight = torch.ones(len(nouns))
+        weight[0] = 0.1
+        self.register_buffer("words", words, persistent=False)
+        self.register_buffer("weight", weight, persistent=False)
+
+    def forward(self, nouns: Tensor, **images: Tensor) -> dict[str, Tensor]:
+        """The loss, and ``hits`` (B, HITS, 2): per picture how many patches are right, of how many."""
+        features = torch.stack(list(self.model.get_image_features(**images).pooler_output))  # (B, N, D)
+        told, words = features.flatten(0, 1).float(), self.words.float()
+        scores = functional.normalize(told, dim=-1) @ functional.normalize(words, dim=-1).T * _SHARPNESS
+        targets, known = nouns.flatten(), nouns.flatten() != IGNORED
+        loss = functional.cross_entropy(scores, targets, weight=self.weight, ignore_index=IGNORED)
+        right_word = words[targets[known]]
+        distance = (told[known] - right_word).square().sum(-1) / right_word.square().sum(-1)
+        weight = self.weight[targets[known]]
+        loss = loss + (distance * weight).sum() / weight.sum()
+        right = scores.argmax(-1).view_as(nouns) == nouns
+        kinds = (nouns > 0, nouns == 0)
+        return {"loss": loss, "hits": torch.stack([torch.stack([right & k, k], -1).sum(1) for k in kinds], 1)}
