@@ -46,6 +46,18 @@ def test_decodes_as_two_forward_passes_a_step(host, model, config):
     assert_close(torch.stack(out.scores, dim=1), scores, rtol=1e-5, atol=1e-4)
 
 
+@torch.no_grad()
+def test_without_a_mask_padding_is_told_by_its_ids(host, model):
+    inputs, config = host.inputs(*mixed_rows()), STRATEGIES[0]
+    unmasked = {name: value for name, value in inputs.items() if name != "attention_mask"}
+    once = model.generate(**unmasked, **SCORES, do_sample=False, custom_generate=OneCall(config))
+    mv.apply(model, config)
+    expected = model.generate(**inputs, **SCORES, do_sample=False)
+    for out in (once, model.generate(**unmasked, **SCORES, do_sample=False)):
+        assert out.sequences.tolist() == expected.sequences.tolist()
+        assert_close(torch.stack(out.scores), torch.stack(expected.scores))
+
+
 @on_every_host
 @torch.no_grad()
 def test_one_call_does_the_same_and_leaves_nothing(host, model, config):
