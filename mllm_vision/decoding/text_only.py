@@ -3,6 +3,7 @@
 Paper: Debiasing Multimodal Large Language Models, arXiv 2403.05262: visual debias decoding with no image ("None").
 Code: github.com/yfzhang114/LLaVA-Align @ dfbecfa, ``use_dd`` (Apache-2.0).
 
+Differs: on hosts whose tokens keep their positions, text behind an image stands where it stood with the image.
 M3ID, arXiv 2403.14003, contrasts with the same prompt by a weight that grows with every step from none.
 
 Shapes: B images, N tokens.
