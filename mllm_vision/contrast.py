@@ -77,15 +77,20 @@ class ContrastivePrompt:
 
 
 def with_contrast(
-    model: PreTrainedModel, slots: Slots, contrast: Contrast, inputs: dict[str, Any]
+    model: PreTrainedModel, slots: Slots, contrast: Contrast, inputs: dict[str, Any], *, width: int = 0
 ) -> tuple[dict[str, Any], ContrastivePrompt]:
-    """``inputs`` fitted to their images, and the contrastive prompt of the same width. The images are encoded once."""
+    """``inputs`` fitted to their images, and the contrastive prompt, both of the same width and at least ``width``.
+
+    The images are encoded once.
+    """
     seen = see_images(model, slots, fittable_images(model, inputs), contrast.requests)
     # The contrastive prompt first: what a host remembers of a prompt shall be of the other one.
     contrastive = fit_prompt(model, slots, inputs, contrast(seen), generating=True)
     fitted = fit_prompt(model, slots, inputs, seen.reduced(), generating=True)
-    width = max(prompt["input_ids"].shape[1] for prompt in (fitted, contrastive))
-    if fitted["input_ids"].shape[1] < width:  # of few kept tokens and many outliers
+    width = max(width, *(prompt["input_ids"].shape[1] for prompt in (fitted, contrastive)))
+    if (
+        fitted["input_ids"].shape[1] < width
+    ):  # of few kept tokens and many outliers, or more padding than fitting leaves
         fitted = pad_left(model, fitted, width)
     along = ("input_ids", "attention_mask", "position_ids", "mm_token_type_ids", "token_type_ids", "mm_encoder_outputs")
     contrastive = {name: value for name, value in pad_left(model, contrastive, width).items() if name in along}
@@ -171,8 +176,8 @@ class OneCall:
         along = ("input_ids", "inputs_embeds", "attention_mask", "mm_token_type_ids")
         prompt = {name: loop[name][::copies] for name in along if loop.get(name) is not None} | images
         prompt["pixel_values_videos"] = (inputs.get("mm_encoder_outputs") or {}).get("video")  # encoded by now
-        fitted, contrastive = with_contrast(model, Slots([], model.config), self.contrast(model), prompt)
-        fitted = pad_left(model, fitted, input_ids.shape[1])
+        slots, width = Slots([], model.config), input_ids.shape[1]
+        fitted, contrastive = with_contrast(model, slots, self.contrast(model), prompt, width=width)
         _, fitted = model._expand_inputs_for_generation(copies, **fitted)
         for name in ("position_ids", "mm_encoder_outputs"):  # which stock `generate` made without the images
             if fitted.get(name) is not None:
