@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -72,25 +72,31 @@ class ContrastivePrompt:
             logits_processor=LogitsProcessorList([contrast, *logits_processor]),
             **_both(input_ids, inputs, contrastive),
         )
-        if not isinstance(out, Tensor):
-            out.past_key_values = None  # it holds both prompts, which no later call would expect
-        return out
+        # The cache holds both prompts, which no later call would expect.
+        return out if isinstance(out, Tensor) else replace(out, past_key_values=None)
 
 
 def with_contrast(
-    model: PreTrainedModel, slots: Slots, contrast: Contrast, inputs: dict[str, Any]
+    model: PreTrainedModel, slots: Slots, contrast: Contrast, inputs: dict[str, Any], *, width: int = 0
 ) -> tuple[dict[str, Any], ContrastivePrompt]:
-    """``inputs`` fitted to their images, and the contrastive prompt of the same width. The images are encoded once."""
+    """``inputs`` fitted to their images, and the contrastive prompt, both of the same width and at least ``width``.
+
+    The images are encoded once.
+    """
     seen = see_images(model, slots, fittable_images(model, inputs), contrast.requests)
     # The contrastive prompt first: what a host remembers of a prompt shall be of the other one.
     contrastive = fit_prompt(model, slots, inputs, contrast(seen), generating=True)
     fitted = fit_prompt(model, slots, inputs, seen.reduced(), generating=True)
-    width = max(prompt["input_ids"].shape[1] for prompt in (fitted, contrastive))
-    if fitted["input_ids"].shape[1] < width:  # of few kept tokens and many outliers
+    width = max(width, *(prompt["input_ids"].shape[1] for prompt in (fitted, contrastive)))
+    if (
+        fitted["input_ids"].shape[1] < width
+    ):  # of few kept tokens and many outliers, or more padding than fitting leaves
         fitted = pad_left(model, fitted, width)
     along = ("input_ids", "attention_mask", "position_ids", "mm_token_type_ids", "token_type_ids", "mm_encoder_outputs")
     contrastive = {name: value for name, value in pad_left(model, contrastive, width).items() if name in along}
     shown = (fitted["input_ids"] == model.config.image_token_id).any(1)
+    if not shown.all():
+        say_decoded_plainly(contrast.config)
     return fitted, ContrastivePrompt(contrast.config, contrastive, shown)
 
 
@@ -122,15 +128,15 @@ def require_sampling_loop(
 
 
 def say_decoded_plainly(config: ContrastConfig) -> None:
-    """Say that prompts without an image leave nothing to contrast with."""
-    log.warning_once(f"{config.type}: there is no image in the prompts, which are decoded plainly")
+    """Say, once, that prompts without an image leave nothing to contrast with."""
+    log.warning_once(f"{config.type}: prompts without an image are decoded plainly")
 
 
 class OneCall:
     """A decoding strategy for one call: ``model.generate(**inputs, custom_generate=strategy)``.
 
-    On a model without slots, transformers keeps `streamer` and `tokenizer` from every custom decoding: to stream, or to
-    stop at strings, plug in slots by `apply(model)`, which changes nothing else.
+    On a model without slots, transformers keeps `streamer`, `tokenizer` and `assistant_model` from every custom
+    decoding: to stream, or to stop at strings, plug in slots by `apply(model)`, which changes nothing else.
     """
 
     def __init__(self, config: ContrastConfig):
@@ -167,11 +173,11 @@ class OneCall:
             say_decoded_plainly(self.config)
             return GenerationMixin._sample(model, **loop)
         copies = generation_config.num_return_sequences  # which the rows have been repeated for, but not the images
-        along = ("input_ids", "attention_mask", "mm_token_type_ids")
+        along = ("input_ids", "inputs_embeds", "attention_mask", "mm_token_type_ids")
         prompt = {name: loop[name][::copies] for name in along if loop.get(name) is not None} | images
         prompt["pixel_values_videos"] = (inputs.get("mm_encoder_outputs") or {}).get("video")  # encoded by now
-        fitted, contrastive = with_contrast(model, Slots([], model.config), self.contrast(model), prompt)
-        fitted = pad_left(model, fitted, input_ids.shape[1])
+        slots, width = Slots([], model.config), input_ids.shape[1]
+        fitted, contrastive = with_contrast(model, slots, self.contrast(model), prompt, width=width)
         _, fitted = model._expand_inputs_for_generation(copies, **fitted)
         for name in ("position_ids", "mm_encoder_outputs"):  # which stock `generate` made without the images
             if fitted.get(name) is not None:

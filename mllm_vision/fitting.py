@@ -25,12 +25,16 @@ def fittable_images(model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str,
     """Those of ``inputs`` that describe images.
 
     Raises:
-        ValueError: there are videos, too, or no ids.
+        ValueError: there are videos, too, or no ids, or embeddings in their place.
     """
     if inputs.get("pixel_values_videos") is not None:
         raise ValueError("images and videos in one call are not supported with methods plugged in; split the call")
-    if inputs.get("input_ids") is None:
-        raise ValueError("images need input_ids, whose placeholders say where they stand; got inputs_embeds only")
+    given = [name for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None]
+    if given != ["input_ids"]:
+        raise ValueError(
+            f"images need input_ids, whose placeholders are fitted to them, got {' and '.join(given) or 'none'}: "
+            "pass the ids alone"
+        )
     return image_inputs(model, inputs)
 
 

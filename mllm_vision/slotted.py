@@ -121,6 +121,8 @@ class SlottedModel(PreTrainedModel, GenerationMixin):
         prefix = getattr(cache, "visual_prefix", None) if cache is not None and cache.get_seq_length() else None
         if contrast is None and (prompt is None or (prefix is None and not self._reduces(kwargs))):
             return stock(prompt, generation_config, streamer=streamer, **kwargs)
+        if prompt is not None and kwargs.get("attention_mask") is None:
+            kwargs["attention_mask"] = self._inferred_mask(prompt, generation_config, kwargs)
         if contrast is None:
             fitted = self._fitted_turn({"input_ids": prompt, **kwargs}, prefix)
         else:
@@ -194,6 +196,12 @@ class SlottedModel(PreTrainedModel, GenerationMixin):
                 )
             turn = self._fitted(turn, generating=True)
         return {**turn, **{name: torch.cat([prefix.fitted[name], turn[name]], dim=1) for name in whole}}
+
+    def _inferred_mask(self, ids: Tensor, config: GenerationConfig | None, inputs: dict[str, Any]) -> Tensor:
+        """The mask (B, L) that stock `generate` infers from pad ids where the caller gives none."""
+        prepared = self._prepare_generation_config(config, **inputs)[0]
+        self._prepare_special_tokens(prepared, False, device=ids.device, batch_size=len(ids))
+        return self._prepare_attention_mask_for_generation(ids, prepared, inputs)
 
     def _shifted_limits(self, config: GenerationConfig | None, inputs: dict[str, Any], by: int) -> dict[str, int]:
         """Limits on the whole length, moved ``by`` the columns that fitting added, so that they allow the same."""

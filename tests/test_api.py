@@ -145,7 +145,12 @@ def test_inspect_needs_an_image():
     ("change", "message"),
     [
         ({"pixel_values_videos": torch.zeros(1)}, "images and videos in one call"),
-        ({"input_ids": None, "inputs_embeds": torch.zeros(2, 50, 48)}, "images need input_ids"),
+        (
+            {"input_ids": None, "inputs_embeds": torch.zeros(2, 50, 48)},
+            "got inputs_embeds: pass the ids alone",
+        ),
+        ({"inputs_embeds": torch.zeros(2, 50, 48)}, "got input_ids and inputs_embeds: pass the ids alone"),
+        ({"input_ids": None}, "images need input_ids, whose placeholders are fitted to them, got none"),
         ({"attention_mask": torch.ones(2, 1, 50, 50)}, r"attention_mask must be \(batch, length\)"),
     ],
 )

@@ -427,6 +427,16 @@ def test_a_streamer_sees_the_prompt_and_each_token(host, model, method):
     assert streamer.ended
 
 
+@torch.no_grad()
+def test_without_a_mask_padding_is_told_by_its_ids(host, model, method):
+    """As in stock `generate`."""
+    inputs, stock = host.inputs(*mixed_rows()), host.model()
+    unmasked = {name: value for name, value in inputs.items() if name != "attention_mask"}
+    assert torch.equal(stock.generate(**unmasked, **GREEDY), stock.generate(**inputs, **GREEDY))
+    mv.apply(model, method)
+    assert torch.equal(model.generate(**unmasked, **GREEDY), model.generate(**inputs, **GREEDY))
+
+
 @pytest.mark.parametrize("where", ["argument", "config"])
 @torch.no_grad()
 def test_max_length_leaves_as_many_new_tokens_as_stock(host, model, method, where):

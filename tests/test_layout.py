@@ -11,7 +11,7 @@ LIBRARY = [path for folder in ("mllm_vision", "recipes", "eval") for path in sor
 # family's: of a checkpoint, of papers.
 ALLOWED_FILES = {"recipes/tiny_model.py", "recipes/assembly.py", "eval/metrics/yes_no.py"}
 ALLOWED = re.compile(
-    r"tiny[-_]llava[-_]scenes|tiny-llava|LLaVA-style|LLaVA-1\.5|llava-1\.5-7b|llava-uhd-v3|PLLaVA|LLaVA-(SP|UHD)"
+    r"tiny[-_]llava[-_]scenes|tiny-llava|LLaVA-style|LLaVA-1\.5|llava-1\.5-7b|llava-uhd-v3|PLLaVA|LLaVA-(SP|UHD|Align)"
 )
 
 

@@ -54,7 +54,6 @@ class DamroConfig(ContrastConfig, type="damro", paper="arXiv 2410.04514"):
             raise ValueError(f"topk must be 1 or more, got {self.topk}")
 
     def check(self, tower: TowerFacts) -> None:
-        tower.layer(self.layer, tower.deep_layer)
         if tower.image_tokens is not None and self.topk > tower.image_tokens:
             raise ValueError(f"topk must be in 1..{tower.image_tokens}, the visual tokens of an image, got {self.topk}")
 

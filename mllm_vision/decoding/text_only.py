@@ -1,6 +1,10 @@
 """Text-only contrast: against what the language model would say without the image, the plainest of baselines.
 
-Paper: the contrast with an unconditioned model of M3ID, arXiv 2403.14003, without its schedule over the steps.
+Paper: Debiasing Multimodal Large Language Models, arXiv 2403.05262: visual debias decoding with no image ("None").
+Code: github.com/yfzhang114/LLaVA-Align @ dfbecfa, ``use_dd`` (Apache-2.0).
+
+Differs: on hosts whose tokens keep their positions, text behind an image stands where it stood with the image.
+M3ID, arXiv 2403.14003, contrasts with the same prompt by a weight that grows with every step from none.
 
 Shapes: B images, N tokens.
 """
@@ -19,12 +23,13 @@ __all__ = ["TextOnlyConfig", "text_only"]
 
 
 @dataclass(kw_only=True)
-class TextOnlyConfig(ContrastConfig, type="text_only", paper="baseline"):
+class TextOnlyConfig(ContrastConfig, type="text_only", paper="arXiv 2403.05262"):
     """Contrast with the prompt without its images.
 
     Args:
-        alpha: Weight of the contrast, 0 or more.
-        beta: Tokens with less than this share of the probability of the likeliest are out, in [0, 1).
+        alpha: Weight of the contrast, 0 or more (authors' scripts: 1).
+        beta: Tokens with less than this share of the probability of the likeliest are out, in [0, 1) (authors' code:
+            0.1).
     """
 
     def build(self, tower: TowerFacts) -> Contrast:

@@ -83,7 +83,7 @@ def test_what_comes_back_is_of_the_prompts_alone():
     assert_close(out.logits[0], stock(**inputs).logits[:, -1])  # before the contrast
     assert_close(torch.stack(out.scores).argmax(-1).T, out.sequences[:, -8:])
     assert {len(layer) for step in (*out.hidden_states, *out.attentions) for layer in step} == {4}
-    assert out.past_key_values is None
+    assert list(out) == ["sequences", "scores", "logits", "attentions", "hidden_states"]  # no cache, which has both
 
 
 @torch.no_grad()
@@ -195,7 +195,37 @@ def test_prompts_without_an_image_are_decoded_plainly_and_one_line_says_so(plugg
         outs = [model.generate(**inputs, **GREEDY, **call).tolist() for _ in range(2)]
     assert outs == [stock.generate(**inputs, **GREEDY).tolist()] * 2
     said = [record.getMessage() for record in caplog.records if record.name == "mllm_vision.contrast"]
-    assert said == [f"{config.type}: there is no image in the prompts, which are decoded plainly"]
+    assert said == [f"{config.type}: prompts without an image are decoded plainly"]
+
+
+@torch.no_grad()
+def test_a_prompt_without_an_image_among_others_is_told_of(caplog):
+    logging.getLogger("mllm_vision.contrast").warning_once.cache_clear()
+    model, inputs = mv.apply(LLAVA.model(), CONFIG), LLAVA.inputs(question())
+    with caplog.at_level(logging.WARNING, "mllm_vision.contrast"):
+        model.generate(**inputs, max_new_tokens=1)
+        assert not caplog.records
+        model.generate(**LLAVA.inputs(*mixed_rows()), max_new_tokens=1)
+    assert [record.getMessage() for record in caplog.records] == ["damro: prompts without an image are decoded plainly"]
+
+
+@torch.no_grad()
+def test_a_video_is_no_image():
+    host = HOST["qwen2.5-vl"]
+    inputs, stock = host.inputs(question()), host.model()
+    marks = inputs["input_ids"] == stock.config.image_token_id
+    video = {
+        "input_ids": inputs["input_ids"].masked_fill(marks, stock.config.video_token_id),
+        "attention_mask": inputs["attention_mask"],
+        "mm_token_type_ids": 2 * marks.int(),
+        "pixel_values_videos": inputs["pixel_values"],
+        "video_grid_thw": inputs["image_grid_thw"],
+    }
+    expected, model = stock.generate(**video, **GREEDY), mv.apply(host.model(), CONFIG)
+    assert not torch.equal(model.generate(**inputs, **GREEDY)[:, -8:], expected[:, -8:])
+    assert torch.equal(model.generate(**video, **GREEDY), expected)
+    for model in (host.model(), mv.apply(host.model())):
+        assert torch.equal(model.generate(**video, **GREEDY, custom_generate=damro(topk=4, alpha=1.0)), expected)
 
 
 REFUSED = {
@@ -237,11 +267,15 @@ def test_beams_of_a_prompt_without_an_image_are_stocks():
         LLAVA.model().generate(**inputs, max_new_tokens=4, num_beams=2, custom_generate=damro())
 
 
-def test_inputs_that_cannot_be_fitted_are_refused():
-    model, inputs = mv.apply(LLAVA.model(), CONFIG), LLAVA.inputs(question())
-    embeddings = torch.zeros(*inputs["input_ids"].shape, 48)
-    with pytest.raises(ValueError, match="images need input_ids"):
-        model.generate(inputs_embeds=embeddings, pixel_values=inputs["pixel_values"], max_new_tokens=2)
+@pytest.mark.parametrize("plugged_in", [True, False])
+def test_embeddings_in_place_of_ids_are_refused(plugged_in):
+    model, inputs = mv.apply(LLAVA.model(), CONFIG) if plugged_in else LLAVA.model(), LLAVA.inputs(question())
+    call = {"max_new_tokens": 2} | ({} if plugged_in else {"custom_generate": damro(topk=4)})
+    embedded = {"inputs_embeds": torch.zeros(*inputs["input_ids"].shape, 48), "pixel_values": inputs["pixel_values"]}
+    with pytest.raises(ValueError, match=r"images need input_ids, .* inputs_embeds: pass the ids alone"):
+        model.generate(**embedded, **call)
+    with pytest.raises(ValueError, match="got input_ids and inputs_embeds: pass the ids alone"):
+        model.generate(**embedded, input_ids=inputs["input_ids"], **call)
 
 
 @torch.no_grad()

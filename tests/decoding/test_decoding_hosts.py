@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.functional import pad
 from torch.testing import assert_close
 
 import mllm_vision as mv
@@ -44,6 +45,32 @@ def test_decodes_as_two_forward_passes_a_step(host, model, config):
     assert new_tokens(out, inputs) == tokens
     # Differences of logits that the weights (1 + alpha) and alpha have spread.
     assert_close(torch.stack(out.scores, dim=1), scores, rtol=1e-5, atol=1e-4)
+
+
+@torch.no_grad()
+def test_without_a_mask_padding_is_told_by_its_ids(host, model):
+    inputs, config = host.inputs(*mixed_rows()), STRATEGIES[0]
+    unmasked = {name: value for name, value in inputs.items() if name != "attention_mask"}
+    once = model.generate(**unmasked, **SCORES, do_sample=False, custom_generate=OneCall(config))
+    mv.apply(model, config)
+    expected = model.generate(**inputs, **SCORES, do_sample=False)
+    for out in (once, model.generate(**unmasked, **SCORES, do_sample=False)):
+        assert out.sequences.tolist() == expected.sequences.tolist()
+        assert_close(torch.stack(out.scores), torch.stack(expected.scores))
+
+
+@torch.no_grad()
+def test_more_padding_than_the_batch_needs_changes_nothing(host, model):
+    inputs, config = host.inputs(*mixed_rows()), STRATEGIES[0]
+    length = inputs["input_ids"].shape[1]
+    wider = {n: pad(v, (5, 0)) if v.shape == inputs["input_ids"].shape else v for n, v in inputs.items()}
+    once = model.generate(**wider, **SCORES, do_sample=False, custom_generate=OneCall(config))
+    mv.apply(model, config)
+    expected = model.generate(**inputs, **SCORES, do_sample=False)
+    for out in (once, model.generate(**wider, **SCORES, do_sample=False)):
+        assert out.sequences[:, : 5 + length].tolist() == wider["input_ids"].tolist()
+        assert new_tokens(out, wider) == new_tokens(expected, inputs)
+        assert_close(torch.stack(out.scores), torch.stack(expected.scores), rtol=1e-5, atol=1e-4)
 
 
 @on_every_host
