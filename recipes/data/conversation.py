@@ -113,7 +113,7 @@ def open_picture(source: Any, folder: Path) -> Image.Image:
 
         try:
             return upright_rgb(ImageFeature().decode_example({"path": source, "bytes": None}), source)
-        except OSError as error:
+        except Exception as error:  # of whichever client speaks the address's protocol
             raise ValueError(f"{source} cannot be read ({error}); check the address") from error
     if isinstance(source, str | Path):
         return load_image(folder / source)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _JSON = (".json", ".jsonl")
 _BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
+_EMPTY = "{} has no rows; leave it out"
 _READ_AHEAD = 16  # rows of a stream
 
 
@@ -98,6 +99,8 @@ class Table:
             stat = path.stat()
             written = {"path": str(path), "size": stat.st_size, "changed": stat.st_mtime_ns}  # what a copy is known by
             features = datasets.Features({"json": datasets.Value("large_string")})
+            if next(json_objects(path), None) is None:
+                raise ValueError(_EMPTY.format(source.path))
             table = datasets.Dataset.from_generator(_json_column, features=features, gen_kwargs=written)
         else:
             table = _opened(source)
@@ -105,7 +108,7 @@ class Table:
         self._features = _undecoded(self._table.features)
         self._raw = self._table.with_format("arrow")
         if not len(self._raw):
-            raise ValueError(f"{source.path} has no rows")
+            raise ValueError(_EMPTY.format(source.path))
 
     def __len__(self) -> int:
         return len(self._raw)
