@@ -33,6 +33,8 @@ from mllm_vision.host import adapter_for
 from mllm_vision.slotted import SlottedModel
 
 PICTURES = "pixel_values"
+SAVED_WITH = {"architectures", "dtype", "transformers_version"}
+"""What a config has once it was saved, and says nothing about what the tower sees."""
 
 
 class CachedRows(Dataset):
@@ -210,7 +212,8 @@ def tower_features(host: PreTrainedModel, pictures: Tensor) -> Tensor:
 def tower_digest(host: PreTrainedModel) -> str:
     """A name for all that features depend on but the picture: the tower's config and weights, and the layers."""
     tower = adapter_for(host.config).tower(host)
-    config = {key: value for key, value in tower.config.to_dict().items() if not key.startswith("_")}  # from anywhere
+    config = tower.config.to_dict()
+    config = {key: config[key] for key in config.keys() - SAVED_WITH if not key.startswith("_")}
     digest = hashlib.sha1(json.dumps([config, _layers(host)], sort_keys=True, default=str).encode())
     for name, weight in sorted(tower.state_dict().items()):
         digest.update(name.encode())

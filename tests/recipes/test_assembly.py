@@ -177,7 +177,8 @@ def test_positions_of_a_ramp_are_a_ramp_and_those_of_cls_stay():
     made = resample_positions(table, 12)
     assert made.shape == (1, 145, 1) and made[0, 0, 0] == 9
     rows = made[0, 1:, 0].view(12, 12)
-    torch.testing.assert_close(rows[4:8, 3], torch.tensor([1.75, 2.25, 2.75, 3.25]))
+    # Torch's cubic, whose parameter is -0.75, bends a ramp by up to 0.05.
+    torch.testing.assert_close(rows[4:8, 3], torch.tensor([1.75, 2.25, 2.75, 3.25]), rtol=0, atol=0.05)
     torch.testing.assert_close(rows, rows[:, :1].expand(-1, 12))
 
 
