@@ -131,11 +131,11 @@ def _planned(eyes: Tower, speech: Language, side: int | None, feature_layer: int
     with torch.device("meta"):
         inner = type(AutoModel.from_config(text))
         causal = AutoModelForCausalLM.from_config(text)
-    head = causal.get_output_embeddings()
-    if type(causal.base_model) is not inner or head is None or head.bias is not None:
+    head, words = causal.get_output_embeddings(), getattr(causal.base_model, "embed_tokens", None)
+    if type(causal.base_model) is not inner or words is None or head is None or head.bias is not None:
         raise ValueError(
-            f"a {text.model_type} language model is more than layers and a head without bias, which is all that the "
-            "host has; take another"
+            f"a {text.model_type} language model is not embed_tokens, layers and a head without bias, which is all "
+            "that the host has; take one that is, as llama"
         )
     return config
 

@@ -1,0 +1,164 @@
+"""Training on features from disk is training on pictures, but for float16."""
+
+import pickle
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+import mllm_vision as mv
+from mllm_vision.recipes import cached_tower as cache
+from mllm_vision.recipes.cached_tower import FeatureFile, cached_rows, cached_tower, tower_digest
+from mllm_vision.reducers import DownsampleConfig, HiPruneConfig, PoolConfig
+from tests.hosts import HOSTS, picture
+
+(CLIP, FULL, DINO, SIGLIP) = HOSTS[:4]
+TILED = (CLIP, FULL, DINO, SIGLIP)
+
+
+class Rows:
+    """Rows as the training data has them: 0 and 2 show one picture, 1 two (one of them that of 0), 3 none."""
+
+    skipped = 1
+
+    def __init__(self, host):
+        self.host, self.opened = host, []
+
+    def __len__(self):
+        return 4
+
+    def sizes(self):
+        return [7]
+
+    def __getitem__(self, index):
+        self.opened.append(index)
+        shown = [[picture(0)], [picture(1), picture(0)], [picture(2)], []][index]
+        prompt = "{}" * len(shown) + ("What is left?", "How many?", "Is there a circle?", "Describe")[index]
+        inputs = self.host.inputs((prompt, shown))
+        row = {name: value if name == "pixel_values" else value[0] for name, value in inputs.items()}
+        return {**row, "labels": row["input_ids"].clone(), "row_id": str(index)}
+
+
+def frozen(host):
+    model = host.model().train()
+    model.requires_grad_(False)
+    model.model.multi_modal_projector.requires_grad_(True)
+    return model
+
+
+def batch_of(rows, *numbers):
+    """Two rows of one length, or a single one."""
+    (row,) = (rows[number] for number in numbers)
+    return {k: v if k == "pixel_values" else v[None] for k, v in row.items() if k != "row_id"}
+
+
+def trained(model, batch):
+    model.zero_grad()
+    loss = model(**batch).loss
+    if "pixel_values" in batch:
+        loss.backward()
+    gradients = [p.grad.clone() for p in model.model.multi_modal_projector.parameters() if p.grad is not None]
+    return loss.detach(), gradients
+
+
+@pytest.mark.parametrize("host", TILED, ids=lambda host: host.name)
+def test_losses_and_gradients_are_those_of_pictures(tmp_path, host):
+    model, rows = frozen(host), Rows(host)
+    expected = [trained(model, batch_of(rows, i)) for i in range(4)]
+    rows.opened.clear()
+    stand_in = cached_rows(rows, model, tmp_path, batch_size=2)
+    assert rows.opened == [0, 1, 2, 3] and len(stand_in) == 4
+    assert len(stand_in.features.numbers) == 3  # three pictures, one of them in two rows
+    with cached_tower(model):
+        found = [trained(model, batch_of(stand_in, i)) for i in range(4)]
+    assert rows.opened == [0, 1, 2, 3]
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=1e-3)  # float16 has 11 bits
+    assert stand_in[0]["row_id"] == "0" and stand_in.sizes() == [7] and stand_in.skipped == 1
+    assert "pixel_values" not in stand_in[3]
+    shape = (37 if host.has_cls else 36, 64 if host is FULL else 32)
+    assert stand_in[1]["pixel_values"].shape == (2, *shape) and stand_in[1]["pixel_values"].dtype == torch.float16
+    assert torch.equal(stand_in[1]["pixel_values"][1], stand_in[0]["pixel_values"][0])
+    file = pickle.loads(pickle.dumps(stand_in.features))  # as for the workers of a loader
+    assert torch.equal(file.read([0]), stand_in[0]["pixel_values"])
+
+
+@torch.no_grad()
+def test_pictures_go_through_the_tower_and_checkpoints_hold_it(tmp_path):
+    model = frozen(DINO).eval()
+    inputs = DINO.inputs(("{}What?", [picture(5)]))
+    expected = model(**inputs).logits
+    with cached_tower(model):
+        assert torch.equal(model(**inputs).logits, expected)
+        model.save_pretrained(tmp_path)
+    assert "forward" not in vars(model.model.vision_tower)
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert torch.equal(again(**inputs).logits, expected)
+    assert tower_digest(again) == tower_digest(model)
+
+
+def test_the_cache_is_found_again_by_the_same_tower_alone(tmp_path, monkeypatch):
+    passes = []
+    stock = cache.tower_features
+    monkeypatch.setattr(cache, "tower_features", lambda host, pixels: passes.append(len(pixels)) or stock(host, pixels))
+    model = frozen(CLIP)
+    first = cached_rows(Rows(CLIP), model, tmp_path, batch_size=8)
+    assert passes == [3]
+    again = cached_rows(Rows(CLIP), model, tmp_path)
+    assert passes == [3] and torch.equal(again[2]["pixel_values"], first[2]["pixel_values"])
+    model.config.vision_feature_layer = -1
+    cached_rows(Rows(CLIP), model, tmp_path)
+    assert passes == [3, 3]
+    with torch.no_grad():
+        next(model.model.vision_tower.parameters()).add_(1e-3)
+    cached_rows(Rows(CLIP), model, tmp_path)
+    assert passes == [3, 3, 3]
+
+
+def test_a_killed_run_goes_on_behind_its_last_whole_batch(tmp_path):
+    kept, shape = torch.arange(24.0).view(3, 2, 4), (2, 4)
+    file = FeatureFile(tmp_path, shape)
+    file.append(["a", "b"], kept[:2])
+    with (tmp_path / "features.float16").open("ab") as features:
+        features.write(b"half")
+    with (tmp_path / "pictures.txt").open("a") as digests:
+        digests.write("c\nd")
+    again = FeatureFile(tmp_path, shape)
+    assert again.numbers == {"a": 0, "b": 1}
+    again.append(["c"], kept[2:])
+    assert torch.equal(FeatureFile(tmp_path, shape).read([2, 0]), kept[[2, 0]].half())
+
+
+def test_what_is_written_is_checked(tmp_path):
+    file = FeatureFile(tmp_path, (2, 4))
+    with pytest.raises(ValueError, match="too large for float16"):
+        file.append(["a"], torch.full((1, 2, 4), 1e6))
+    with pytest.raises(ValueError, match=r"the tower made \(3, 4\) features of a picture, its config says \(2, 4\)"):
+        file.append(["a"], torch.zeros(1, 3, 4))
+    assert FeatureFile(tmp_path, (2, 4)).numbers == {}
+
+
+def test_a_method_that_works_on_tokens_alone_may_stay(tmp_path):
+    model = mv.apply(frozen(DINO), PoolConfig(keep=1 / 4))
+    rows = Rows(DINO)
+    expected = trained(model, batch_of(rows, 0))
+    with cached_tower(model):
+        found = trained(model, batch_of(cached_rows(rows, model, tmp_path), 0))
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("host", "methods", "train", "message"),
+    [
+        (CLIP, [], True, "the tower is trained, so that its features change"),
+        (CLIP, [HiPruneConfig(keep=1 / 3)], False, "among hiprune has to see the tower at work"),
+        (CLIP, [DownsampleConfig(keep=1 / 4)], False, "among downsample has to see the tower at work"),
+        *[(host, [], False, "cuts pictures into tiles or takes them in any size") for host in HOSTS[4:]],
+    ],
+)
+def test_what_cannot_be_trained_on_features_is_refused(tmp_path, host, methods, train, message):
+    model = mv.apply(host.model(), *methods).requires_grad_(train)
+    with pytest.raises(ValueError, match=f"{message}.*train without the cache"), cached_tower(model):
+        pass
+    with pytest.raises(ValueError, match=message):
+        cached_rows(Rows(host), model, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
