@@ -16,6 +16,7 @@ from mllm_vision.prompts import question_parts, write_prompt
 from mllm_vision.reducers import HiPruneConfig
 from mllm_vision.scenes.export import CONVERSATIONS
 from tests.hosts import HOSTS, picture
+from tests.photos.conftest import draw_backgrounds, draw_cutouts
 
 HOST = {host.name: host for host in HOSTS}
 NOWHERE = "no/such-model"
@@ -62,6 +63,7 @@ def test_help_lists_the_commands():
         "train",
         "demo",
         "scenes",
+        "photos",
         "overhead",
         "convert",
         "study",
@@ -348,6 +350,25 @@ def test_scenes_are_written_in_both_formats(tmp_path):
     assert len(json.loads((tmp_path / "conversations" / CONVERSATIONS).read_text())) == 2
     assert "is not empty" in error_of(run("scenes", tmp_path / "rows", *arguments))
     assert "split must be one of train, validation, test" in error_of(run("scenes", tmp_path / "x", "--split", "tset"))
+
+
+def test_photos_are_composed_of_two_folders_and_asked_about(tmp_path):
+    cutouts, backgrounds = draw_cutouts(tmp_path / "stamps"), draw_backgrounds(tmp_path / "pictures")
+    (tmp_path / "more").mkdir()
+    given = ("--cutouts", cutouts, "--backgrounds", backgrounds, "--backgrounds", tmp_path / "more", "--side", 112)
+    sizes = ("--train", 2, "--validation", 1, "--test", 3)
+    result = run("photos", tmp_path / "data" / "photos", *given, *sizes)
+    assert result.exit_code == 0, result.output
+    assert len(list((tmp_path / "data" / "photos" / "images").iterdir())) == 6
+    refused = error_of(run("photos", tmp_path / "data" / "photos", *given, *sizes))
+    assert "is not empty" in refused
+    assert run("photos", tmp_path / "data" / "photos", *given, *sizes, "--seed", 1, "--overwrite").exit_code == 0
+    assert json.loads((tmp_path / "data" / "photos" / "photos.json").read_text())["seed"] == 1
+    assert "is no folder" in error_of(run("photos", tmp_path / "x", "--cutouts", "gone", "--backgrounds", backgrounds))
+    task = ("--tasks", "photos:questions=2:families=existence", "--data", tmp_path / "data", "--out", tmp_path / "out")
+    result = run("eval", "tiny-llava-scenes", *task)
+    assert result.exit_code == 0, result.output
+    assert len((tmp_path / "out" / "photos.jsonl").read_text().splitlines()) == 1 + 4 * 2
 
 
 def test_overhead_refuses_to_overwrite(tmp_path):

@@ -86,6 +86,8 @@ class Photos(Task, name="photos", paper="composed by mllm_vision.photos"):
         family, kind, answer = row.text("family"), row.text("kind"), row.text("answer")
         if family not in FAMILIES:
             raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {family!r}")
+        if family == "existence" and answer not in ("yes", "no"):
+            raise ValueError(f"the answer must be yes or no, got {answer!r}")
         negatives = NEGATIVES if kind == "present" else (kind,)
         groups = {"existence": [f"existence_{kind}" for kind in negatives], "position": [f"position_{kind}"]}
         yield Example(

@@ -12,7 +12,7 @@ from mllm_vision.eval.tasks.scenes import Scenes
 from mllm_vision.registry import package_modules
 
 NAMES = ["ai2d", "chair", "chartqa", "docvqa", "gqa", "mmbench", "mme"]
-NAMES += ["pope", "scene_captions", "scenes", "scienceqa", "seed", "textvqa", "vizwiz", "vqav2"]
+NAMES += ["photos", "pope", "scene_captions", "scenes", "scienceqa", "seed", "textvqa", "vizwiz", "vqav2"]
 
 
 def test_every_file_of_the_folder_is_listed():
@@ -24,7 +24,7 @@ def test_every_file_of_the_folder_is_listed():
 def test_every_task_says_where_it_comes_from_and_documents_its_options(row):
     assert row.paper
     assert row.max_new_tokens > 0
-    assert row.data is not None or row.name in ("chair", "scenes", "scene_captions")
+    assert row.data is not None or row.name in ("chair", "photos", "scenes", "scene_captions")
     documented = row.__doc__.partition("Args:")[2]
     assert all(f"{option}:" in documented for option in row.defaults())
     assert "required" not in row.defaults().values()

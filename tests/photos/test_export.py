@@ -10,7 +10,7 @@ from mllm_vision.photos import Photo, compose, export_photos
 from mllm_vision.photos.questions import CAPTION_PROMPTS
 from tests.photos.conftest import SIDE
 
-SIZES = {"train": 12, "validation": 4, "test": 6}
+SIZES = {"train": 8, "validation": 3, "test": 5}
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_no_cutout_and_no_background_is_in_two_splits(folder):
 def test_conversations_are_chat_messages_with_one_picture(folder, material, asker):
     import datasets
 
-    for name, split, n in (("captions", "train", 12), ("train", "train", 12), ("validation", "validation", 4)):
+    for name, split, n in (("captions", "train", 8), ("train", "train", 8), ("validation", "validation", 3)):
         rows = read(folder / f"{name}.jsonl")
         assert len(rows) == n
         for index, row in enumerate(rows):

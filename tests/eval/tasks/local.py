@@ -8,6 +8,7 @@ from PIL import Image
 
 ROWS = Path(__file__).parent / "rows"
 BENCHMARKS = sorted(path.stem for path in ROWS.iterdir())
+FOLDERS = [path.name for path in ROWS.iterdir() if path.is_dir()]
 COLOURS = {"beach": (250, 220, 150), "street": (90, 90, 100), "square": (255, 255, 255), "code": (10, 20, 30)}
 
 
@@ -19,7 +20,7 @@ def rows_of(task):
 def write_folder(folder, task, rows=None):
     """A folder with the rows of a benchmark (or those given) as JSONL, and with the pictures they name."""
     draw_pictures(folder / "images", task)
-    if task == "chair":
+    if task in FOLDERS:
         shutil.copytree(ROWS / task, folder, dirs_exist_ok=True)
     else:
         lines = [json.dumps(row) for row in (rows_of(task) if rows is None else rows)]

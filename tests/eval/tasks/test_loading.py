@@ -9,9 +9,9 @@ import pytest
 from mllm_vision.eval.choices import key
 from mllm_vision.eval.data import rows
 from mllm_vision.eval.task import parse_tasks, task_class
-from tests.eval.tasks.local import BENCHMARKS, COLOURS, rows_of, write_folder
+from tests.eval.tasks.local import BENCHMARKS, COLOURS, FOLDERS, rows_of, write_folder
 
-TABLES = [task for task in BENCHMARKS if task != "chair"]
+TABLES = [task for task in BENCHMARKS if task not in FOLDERS]
 
 # Of the first example of each benchmark's rows.
 FIRST = {
@@ -27,6 +27,12 @@ FIRST = {
         "1",
     ),
     "mme": ("existence/000001.jpg/0", "yes", ("existence",), "existence/existence/000001.jpg"),
+    "photos": (
+        "test-000000-0",
+        {"family": "existence", "answer": "yes"},
+        ("existence_random", "existence_popular", "existence_adversarial"),
+        "images/beach.png",
+    ),
     "pope": ("random/1", "yes", ("random",), "COCO_val2014_000000000001"),
     "scienceqa": ("0", {"letter": "B", "options": ["water", "ice"]}, ("all", "natural science"), "0"),
     "seed": (
@@ -53,6 +59,7 @@ UNITS = {
     "gqa": [2, 1],
     "mmbench": [4, 2],
     "mme": [2, 2, 2, 2],
+    "photos": [7, 5],
     "pope": [6],
     "scienceqa": [1, 1, 1],
     "seed": [2, 1],

@@ -19,6 +19,7 @@ WORTH = {
     "gqa": ("yes", "Yes", [1, 0, 0, 0, 0, 0, 0]),
     "mmbench": (LETTERED, "A. yes", [0, 0, 0, 0, 0, 0, 0]),
     "mme": ("yes", "Yes", [1, 1, 0, 0, 0, 0, 0]),
+    "photos": ({"family": "existence", "answer": "yes"}, "Yes", [1, 0, 0, 0, 0, 0, 0]),
     "pope": ("yes", "Yes", [1, 1, 0, 1, 1, 1, 1]),  # whatever holds no "no" is a yes
     "pope:parser=lmms": ("yes", "Yes", [0, 0, 0, 0, 0, 0, 0]),
     "pope:parser=damro": ("yes", "Yes", [1, 1, 0, 0, 0, 0, 0]),
