@@ -115,9 +115,9 @@ class Material:
     def backdrop(self, path: Path) -> Image.Image:
         """A background, RGB, its shorter side once to twice `side` pixels."""
         if path not in self._backdrops:
-            image = Image.open(path)
-            image.draft("RGB", (4 * self.side, 4 * self.side))
-            image = image.convert("RGB")
+            opened = Image.open(path)
+            opened.draft("RGB", (4 * self.side, 4 * self.side))  # a JPEG is decoded no larger than that takes
+            image = opened.convert("RGB")
             short = max(self.side, min(*image.size, 2 * self.side))
             width, height = (round(length * short / min(image.size)) for length in image.size)
             self._backdrops[path] = image.resize((width, height), Image.Resampling.LANCZOS)
