@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial, singledispatch
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,9 @@ from transformers import EvalPrediction, PreTrainedModel, ProcessorMixin, Traini
 from mllm_vision.api import find_host
 from mllm_vision.eval.tasks.scenes import Scenes
 from mllm_vision.recipes import object_words
+from mllm_vision.recipes.cached_tower import cached_rows
 from mllm_vision.recipes.data import ChatCollator, ModalityLengthSampler, RowEncoder, training_rows
-from mllm_vision.recipes.object_words import ObjectWords, PhotoPatchCollator, PhotoPatches, nouns_of
+from mllm_vision.recipes.object_words import ObjectWords, PhotoPatches, nouns_of, photo_patch_batch
 from mllm_vision.recipes.objectives import (
     HITS,
     AnswerCollator,
@@ -23,12 +25,14 @@ from mllm_vision.recipes.objectives import (
     PatchWords,
     PatchWordScenes,
     token_side,
-    tokens_a_side,
 )
 from mllm_vision.recipes.recipe import Recipe
 from mllm_vision.recipes.stages import AnswersStage, ConversationsStage, ObjectWordsStage, PatchWordsStage, Stage
 from mllm_vision.recipes.trainer import AskingTrainer, RecipeTrainer, rows_a_step
 from mllm_vision.slotted import SlottedModel
+
+FEATURES = "features"
+"""Folder of a run's cache of tower features, in its output."""
 
 _HELD_OUT = 160  # validation scenes looked at during training
 _ASKED = 60  # questions a family during training
@@ -79,15 +83,17 @@ def _(
     processor: ProcessorMixin,
     arguments: TrainingArguments,
 ) -> RecipeTrainer:
-    nouns, grid = nouns_of(stage.photos), tokens_a_side(processor, plan.side)
+    nouns = nouns_of(stage.photos)
+    rows = PhotoPatches(stage.photos, "train", nouns, processor)
+    held_out = PhotoPatches(stage.photos, "validation", nouns, processor, _HELD_OUT)
     arguments.label_names = ["nouns"]
     return RecipeTrainer(
         ObjectWords(model, processor, nouns),
         arguments,
         stage=stage,
-        data_collator=PhotoPatchCollator(processor),
-        train_dataset=PhotoPatches(stage.photos, "train", nouns, grid),
-        eval_dataset=PhotoPatches(stage.photos, "validation", nouns, grid, _HELD_OUT),
+        data_collator=photo_patch_batch,
+        train_dataset=_cached(stage.cache_tower, rows, plan, model),
+        eval_dataset=_cached(stage.cache_tower, held_out, plan, model),
         compute_metrics=partial(_share_right, object_words.HITS),
     )
 
@@ -140,8 +146,8 @@ def _(
         stage=stage,
         sampler=sampler,
         data_collator=ChatCollator(processor, pack=stage.pack, blank_image=arguments.world_size > 1),
-        train_dataset=rows,
-        eval_dataset=held_out,
+        train_dataset=_cached(stage.cache_tower, rows, plan, model),
+        eval_dataset=None if held_out is None else _cached(stage.cache_tower, held_out, plan, model),
         processing_class=processor,
     )
 
@@ -149,6 +155,11 @@ def _(
 def _scenes(arguments: TrainingArguments) -> int:
     """As many training scenes as the steps of a stage need: scenes are without end, and none is seen twice."""
     return arguments.max_steps * rows_a_step(arguments)
+
+
+def _cached(wanted: bool, rows: Any, plan: Recipe, model: PreTrainedModel) -> Any:
+    """``rows``, with features of the tower in place of pictures where that is wanted; all stages share them."""
+    return cached_rows(rows, model, Path(plan.output) / FEATURES) if wanted else rows
 
 
 def _added(model: PreTrainedModel) -> int:

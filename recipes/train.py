@@ -12,6 +12,7 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from mllm_vision.api import source_of
 from mllm_vision.convert import whole_folder
 from mllm_vision.host import PARTS, adapter_for, inside
 from mllm_vision.recipes.assembly import AssemblySpec, assemble
+from mllm_vision.recipes.cached_tower import cached_tower
 from mllm_vision.recipes.disk import require_room
 from mllm_vision.recipes.lora import with_lora
 from mllm_vision.recipes.publish import STAGE_RECORD, publish
@@ -164,7 +166,8 @@ def _run_stage(
         require_room(checkpoints, trained, arguments)
     latest = _latest_checkpoint(checkpoints)
     started = time.monotonic()
-    trainer.train(resume_from_checkpoint=latest)
+    with cached_tower(trained) if getattr(stage, "cache_tower", False) else nullcontext():
+        trainer.train(resume_from_checkpoint=latest)
     seconds = None if latest else round(time.monotonic() - started)  # a resumed run has no one wall time
     partial = done.with_name(f"{stage.name}.partial")
     if arguments.should_save:

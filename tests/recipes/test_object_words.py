@@ -12,10 +12,10 @@ import mllm_vision as mv
 from mllm_vision.recipes.object_words import (
     IGNORED,
     ObjectWords,
-    PhotoPatchCollator,
     PhotoPatches,
     nouns_of,
     patch_nouns,
+    photo_patch_batch,
 )
 
 NOUNS = ["background", "star", "circle"]
@@ -57,9 +57,10 @@ def photos(tmp_path):
 
 def test_photographs_of_a_split_begin_anew_at_their_end(photos):
     assert nouns_of(photos) == ["background", "circle", "star"]
-    rows = PhotoPatches(photos, "train", nouns_of(photos), 10, length=3)
+    _, processor = mv.load("tiny-llava-scenes")
+    rows = PhotoPatches(photos, "train", nouns_of(photos), processor, length=3)
     assert [rows[i]["row_id"] for i in range(len(rows))] == ["train-0", "train-1", "train-0"]
-    assert len(PhotoPatches(photos, "test", nouns_of(photos), 10)) == 1
+    assert len(PhotoPatches(photos, "test", nouns_of(photos), processor)) == 1
 
 
 class Said(torch.nn.Module):
@@ -97,8 +98,8 @@ def test_only_what_is_trained_gets_gradients(photos):
     model.requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(True)
     nouns = nouns_of(photos)
-    rows = PhotoPatches(photos, "train", nouns, 10)
-    batch = PhotoPatchCollator(processor)([rows[0], rows[1]])
+    rows = PhotoPatches(photos, "train", nouns, processor)
+    batch = photo_patch_batch([rows[0], rows[1]])
     assert batch.pop("row_ids") == ["train-0", "train-1"]
     ObjectWords(model, processor, nouns)(**batch)["loss"].backward()
     assert all(parameter.grad.any() for parameter in model.model.multi_modal_projector.parameters())
