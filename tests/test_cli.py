@@ -64,6 +64,7 @@ def test_help_lists_the_commands():
         "scenes",
         "overhead",
         "convert",
+        "merge",
         "study",
         "tune",
     ):
