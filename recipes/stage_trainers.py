@@ -145,7 +145,9 @@ def _(
         arguments,
         stage=stage,
         sampler=sampler,
-        data_collator=ChatCollator(processor, pack=stage.pack, blank_image=arguments.world_size > 1),
+        data_collator=ChatCollator(
+            processor, pack=stage.pack, dtype=find_host(model).dtype, blank_image=arguments.world_size > 1
+        ),
         train_dataset=_cached(stage.cache_tower, rows, plan, model),
         eval_dataset=None if held_out is None else _cached(stage.cache_tower, held_out, plan, model),
         processing_class=processor,
