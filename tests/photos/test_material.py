@@ -79,8 +79,14 @@ def test_versions_of_a_background_stay_together(material):
 def test_links_previews_and_what_is_left_out_are_no_backgrounds(cutouts, backgrounds, tmp_path):
     shutil.copytree(backgrounds, tmp_path / "given")
     images = tmp_path / "given" / "Path" / "contents" / "images"
-    (images / "small.jpg").symlink_to("wide.jpg")
-    for name in ("Path/contents/screenshot.png", "Autumn/contents/images/wide.jpg", "pixels-l.webp"):
+    for link in ("small.jpg", "wider.jpg"):
+        (images / link).symlink_to("wide.jpg")
+    for name in (
+        "Path/contents/screenshot.png",
+        "Autumn/contents/images/wide.jpg",
+        "pixels-l.webp",
+        "usr/share/SafeLanding/wide.jpg",
+    ):
         path = tmp_path / "given" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (200, 200)).save(path)
