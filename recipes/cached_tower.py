@@ -217,7 +217,7 @@ def tower_digest(host: PreTrainedModel) -> str:
     digest = hashlib.sha1(json.dumps([config, _layers(host)], sort_keys=True, default=str).encode())
     for name, weight in sorted(tower.state_dict().items()):
         digest.update(name.encode())
-        digest.update(weight.cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(weight.cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
