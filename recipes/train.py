@@ -93,6 +93,8 @@ def training_arguments(plan: Recipe, stage: Stage) -> TrainingArguments:
             "remove_unused_columns": False,
             "disable_tqdm": False,
             "dataloader_pin_memory": torch.cuda.is_available(),
+            # Every process reads streamed rows and keeps its share: those of one, dealt out, would have to be as long.
+            "accelerator_config": {"dispatch_batches": False},
             **stage.arguments,
         },
         output_dir=str(_checkpoints(Path(plan.output) / stage.name)),

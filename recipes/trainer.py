@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 
 from mllm_vision.eval.evaluation import evaluate
 from mllm_vision.eval.task import Task
+from mllm_vision.recipes.data import ModalityLengthSampler
 from mllm_vision.recipes.parameters import parameter_groups
 from mllm_vision.recipes.stages import Stage
 
@@ -31,9 +32,11 @@ class RecipeTrainer(Trainer):
         sampler: The order of the training rows, None for the Trainer's own.
     """
 
-    def __init__(self, *args: Any, stage: Stage, sampler: Sampler[int] | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, stage: Stage, sampler: ModalityLengthSampler | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.stage, self.sampler = stage, sampler
+        if sampler is not None:
+            self.add_callback(EpochsOf(sampler))
         self._row_ids: list[str] = []
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -97,6 +100,18 @@ class AskingTrainer(RecipeTrainer):
         }
         self.log(answered)
         return {**metrics, **answered}
+
+
+class EpochsOf(TrainerCallback):
+    """Tells a sampler the epoch: where a run goes on in the midst of one, nobody else does, with several processes."""
+
+    def __init__(self, sampler: ModalityLengthSampler) -> None:
+        self.sampler = sampler
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.sampler.set_epoch(int(state.epoch or 0))
 
 
 class JSONLog(TrainerCallback):
