@@ -161,6 +161,10 @@ def _run_stage(
     """Train one stage and leave its model in `done`, which appears only when all of it is written."""
     _train_only(model, stage.trains)
     trained = model if stage.lora is None else with_lora(model, stage.lora, stage.trains)
+    if arguments.bf16 or arguments.fp16:  # half holds too few digits to add small steps up; it is for the products
+        for parameter in trained.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
     checkpoints = _checkpoints(done)
     trainer = trainer_for(stage, plan, trained, processor, arguments)
     trainer.add_callback(JSONLog(done.with_name(f"{stage.name}.log.jsonl")))
