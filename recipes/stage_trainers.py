@@ -6,10 +6,12 @@ from functools import singledispatch
 from typing import Any
 
 import numpy as np
+from torch import nn
 from transformers import EvalPrediction, PreTrainedModel, ProcessorMixin, TrainingArguments
 
 from mllm_vision.api import find_host
 from mllm_vision.eval.tasks.scenes import Scenes
+from mllm_vision.host import adapter_for, without_peft
 from mllm_vision.recipes.data import ChatCollator, ModalityLengthSampler, RowEncoder, training_rows
 from mllm_vision.recipes.objectives import (
     HITS,
@@ -108,13 +110,17 @@ def _(
         sampler = ModalityLengthSampler(
             rows, arguments.train_batch_size, processes=arguments.world_size, seed=plan.seed
         )
+    if stage.data[0].streaming:
+        # Else the first process reads for all, and joins their rows, which are not padded alike, to hand them out.
+        arguments.accelerator_config.dispatch_batches = False
+    blank = arguments.world_size > 1 or not _language_learns(model)
     arguments.prediction_loss_only = True
     return RecipeTrainer(
         model,
         arguments,
         stage=stage,
         sampler=sampler,
-        data_collator=ChatCollator(processor, pack=stage.pack, blank_image=arguments.world_size > 1),
+        data_collator=ChatCollator(processor, pack=stage.pack, blank_image=blank),
         train_dataset=rows,
         eval_dataset=held_out,
         processing_class=processor,
@@ -124,6 +130,14 @@ def _(
 def _scenes(arguments: TrainingArguments) -> int:
     """As many training scenes as the steps of a stage need: scenes are without end, and none is seen twice."""
     return arguments.max_steps * rows_a_step(arguments)
+
+
+def _language_learns(model: nn.Module) -> bool:
+    """Whether a row without a picture has anything to teach."""
+    host = find_host(model)
+    adapter = adapter_for(host.config)
+    learning = [without_peft(name) for name, parameter in host.named_parameters() if parameter.requires_grad]
+    return any(adapter.part_of(name) == "language" for name in learning)
 
 
 def _added(model: PreTrainedModel) -> int:
