@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 from transformers import EvalPrediction, PreTrainedModel, ProcessorMixin, TrainingArguments
 
 from mllm_vision.api import find_host
 from mllm_vision.eval.tasks.scenes import Scenes
+from mllm_vision.host import adapter_for, without_peft
 from mllm_vision.recipes import object_words
 from mllm_vision.recipes.cached_tower import cached_rows
 from mllm_vision.recipes.data import ChatCollator, ModalityLengthSampler, RowEncoder, training_rows
@@ -139,15 +141,17 @@ def _(
         sampler = ModalityLengthSampler(
             rows, arguments.train_batch_size, processes=arguments.world_size, seed=plan.seed
         )
+    if stage.data[0].streaming:
+        # Else the first process reads for all, and joins their rows, which are not padded alike, to hand them out.
+        arguments.accelerator_config.dispatch_batches = False
+    blank = arguments.world_size > 1 or not _language_learns(model)
     arguments.prediction_loss_only = True
     return RecipeTrainer(
         model,
         arguments,
         stage=stage,
         sampler=sampler,
-        data_collator=ChatCollator(
-            processor, pack=stage.pack, dtype=find_host(model).dtype, blank_image=arguments.world_size > 1
-        ),
+        data_collator=ChatCollator(processor, pack=stage.pack, dtype=find_host(model).dtype, blank_image=blank),
         train_dataset=_cached(stage.cache_tower, rows, plan, model),
         eval_dataset=None if held_out is None else _cached(stage.cache_tower, held_out, plan, model),
         processing_class=processor,
@@ -162,6 +166,14 @@ def _scenes(arguments: TrainingArguments) -> int:
 def _cached(wanted: bool, rows: Any, plan: Recipe, model: PreTrainedModel) -> Any:
     """``rows``, with features of the tower in place of pictures where that is wanted; all stages share them."""
     return cached_rows(rows, model, Path(plan.output) / FEATURES) if wanted else rows
+
+
+def _language_learns(model: nn.Module) -> bool:
+    """Whether a row without a picture has anything to teach."""
+    host = find_host(model)
+    adapter = adapter_for(host.config)
+    learning = [without_peft(name) for name, parameter in host.named_parameters() if parameter.requires_grad]
+    return any(adapter.part_of(name) == "language" for name in learning)
 
 
 def _added(model: PreTrainedModel) -> int:

@@ -8,10 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from mllm_vision.eval.measurement import in_fresh_process, in_turn, peak_memory, torch_threads
-from mllm_vision.recipes.recipe import load_recipe
-from mllm_vision.recipes.stage_trainers import trainer_for
-from mllm_vision.recipes.train import prepared, training_arguments
+from mllm_vision.eval.measurement import in_fresh_process, in_turn, torch_threads
 
 Step = Callable[[], None]
 

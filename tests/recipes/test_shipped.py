@@ -10,8 +10,6 @@ import datasets
 import pytest
 import torch
 import yaml
-from peft import PeftModel
-from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     CLIPImageProcessorPil,
@@ -22,14 +20,10 @@ from transformers import (
     LlamaConfig,
 )
 
-import mllm_vision as mv
-from mllm_vision.convert import whole_folder
-from mllm_vision.host import adapter_for, inside
 from mllm_vision.photos.export import export_photos
 from mllm_vision.recipes import train as train_module
 from mllm_vision.recipes.assembly import AssemblySpec
-from mllm_vision.recipes.lora import linear_layers
-from mllm_vision.recipes.recipe import RECIPES, load_recipe, recipe_names
+from mllm_vision.recipes.recipe import load_recipe, recipe_names
 from mllm_vision.recipes.stages import AnswersStage, ConversationsStage, ObjectWordsStage, PatchWordsStage
 from mllm_vision.recipes.tiny_model import NewModelSpec, build_tokenizer
 from mllm_vision.recipes.uhd_tower import UHDTowerSpec
