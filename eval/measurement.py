@@ -34,11 +34,12 @@ def paired(
     baseline: Callable[[], object], candidate: Callable[[], object], repeats: int, *, warmups: int = 1
 ) -> list[tuple[float, float]]:
     """Seconds of both, called in turn ``repeats`` times after ``warmups`` turns that do not count."""
-    turns = in_turn([partial(_seconds, baseline), partial(_seconds, candidate)], repeats, warmups=warmups)
+    turns = in_turn([partial(seconds, baseline), partial(seconds, candidate)], repeats, warmups=warmups)
     return [(a, b) for a, b in turns]
 
 
-def _seconds(run: Callable[[], object]) -> float:
+def seconds(run: Callable[[], object]) -> float:
+    """How long ``run()`` takes."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start

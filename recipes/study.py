@@ -34,6 +34,7 @@ from mllm_vision.eval.task import Task, parse_tasks
 from mllm_vision.recipes.publish import STAGE_RECORD
 from mllm_vision.recipes.recipe import RECIPES, Recipe, load_recipe
 from mllm_vision.recipes.train import train
+from mllm_vision.recipes.training_cost import training_cost
 from mllm_vision.registry import parse_methods
 from mllm_vision.settings import Settings
 from mllm_vision.slotted import SlottedModel
@@ -109,11 +110,12 @@ def load_study(study: str | Path) -> Study:
     return plan
 
 
-def run_study(plan: Study, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+def run_study(plan: Study, say: Callable[[str], None] = lambda line: None, *, cost_repeats: int = 0) -> dict[str, Any]:
     """Train and ask what is not yet trained and asked, and compare.
 
     Args:
         say: Is told what is being done.
+        cost_repeats: Steps of each arm that are measured for `training_cost`; 0 measures none.
 
     Returns:
         What `report` shows, as JSON holds it: ``environment``, ``study``, ``intervals``, ``before`` (the scores of the
@@ -121,7 +123,7 @@ def run_study(plan: Study, say: Callable[[str], None] = lambda line: None) -> di
         what was ``plug``ged in, ``parameters``, ``visual_tokens`` of the first question and the ``flops`` of its
         steps, ``seconds`` of training by seed (None for a run that was resumed), what each stage reached on
         ``held_out`` scenes by seed, the headline of each of the ``seeds``, ``scores`` of all seeds together and
-        ``differences`` to the first arm.
+        ``differences`` to the first arm. With ``cost_repeats`` also ``cost``, what `training_cost` returns.
     """
     (task,) = parse_tasks([plan.task])
     for seed in plan.seeds:
@@ -144,7 +146,7 @@ def run_study(plan: Study, say: Callable[[str], None] = lambda line: None) -> di
             asked = evaluate(model, processor, task, out=answers, batch_size=32)
             found.setdefault(arm, []).append(asked.tasks[task.name])
     first, *_ = plan.arms
-    return {
+    record = {
         "environment": environment(),
         "study": vars(plan),
         "recipe": {"stages": [asdict(stage) for stage in plan.runs(first)[0].stages]},
@@ -164,6 +166,10 @@ def run_study(plan: Study, say: Callable[[str], None] = lambda line: None) -> di
             for arm, results in found.items()
         },
     }
+    if cost_repeats:
+        say("measuring a step of each arm")
+        record["cost"] = training_cost(plan.recipe, plan.arms, repeats=cost_repeats)
+    return record
 
 
 @torch.no_grad()
@@ -211,21 +217,27 @@ def _stage_records(run: Recipe) -> list[dict[str, Any]]:
 def report(record: dict[str, Any]) -> RenderableType:
     """The arms as a table: their size and cost, the task's headline by seed and of all, the difference to the first.
 
-    GFLOPs are those of the first question, up to the first token of its answer.
+    GFLOPs are those of the first question, up to the first token of its answer; "a step" is the time of a step of training
+    over the first arm's, MB its memory above the loaded model.
     """
     group, headline = record["task"]["headline"]
     title = f"{record['task']['name']}: {group}, {headline}; {LEVEL:.0%} intervals over questions"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in ("", "parameters", "visual tokens", "GFLOPs", "by seed", headline, "difference"):
+    cost = record.get("cost", {})
+    measured = ("a step", "MB") if cost else ()
+    for heading in ("", "parameters", "visual tokens", "GFLOPs", *measured, "by seed", headline, "difference"):
         table.add_column(heading, justify="left" if not heading else "right", overflow="fold")
     if record["before"] is not None:
-        table.add_row(BEFORE, "", "", "", "", _cell(record["before"][group][headline], ".3f"), "")
+        table.add_row(
+            BEFORE, "", "", "", *("" for _ in measured), "", _cell(record["before"][group][headline], ".3f"), ""
+        )
     for i, (name, arm) in enumerate(record["arms"].items()):
         table.add_row(
             name,
             f"{arm['parameters'] / 1e6:.2f} M",
             f"{arm['visual_tokens']}",
             f"{arm['flops']['first_token'] / 1e9:.2f}",
+            *((f"{cost[name]['ratio']['median']:.2f}", f"{cost[name]['megabytes']:.0f}") if cost else ()),
             ", ".join(f"{value:.3f}" for value in arm["seeds"]),
             _cell(arm["scores"][group][headline], ".3f"),
             _cell(arm["differences"][group][headline], "+.3f") if i else "",

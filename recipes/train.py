@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import yaml
 from peft import PeftModel
+from torch import nn
 from transformers import AutoConfig, PreTrainedModel, ProcessorMixin, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 from transformers.trainer import TRAINER_STATE_NAME
@@ -74,7 +75,7 @@ def train(recipe: str | Path, overrides: Sequence[str] = ()) -> Path:
         _claim(plan, output)
     set_seed(plan.seed)
     with first.main_process_first():
-        source = _beginning(plan, output)
+        source = beginning(plan, output)
     stages: list[Path] = []
     for stage in plan.stages:
         done = output / stage.name
@@ -144,7 +145,7 @@ def _has_learnt(output: Path) -> bool:
     return any(output.glob(f"*/{STAGE_RECORD}")) or any(output.glob(f"*/{PREFIX_CHECKPOINT_DIR}-*"))
 
 
-def _beginning(plan: Recipe, output: Path) -> str | Path:
+def beginning(plan: Recipe, output: Path) -> str | Path:
     """The checkpoint that the first stage loads: the recipe's own, or one that is made for this run."""
     if isinstance(plan.model, str):
         return plan.model
@@ -174,14 +175,13 @@ def _load(plan: Recipe, source: str | Path) -> tuple[PreTrainedModel, ProcessorM
     return mv.load(source, *(MethodConfig.from_dict(method) for method in plan.methods), **options)
 
 
-def _run_stage(
-    plan: Recipe, stage: Stage, source: str | Path, arguments: TrainingArguments, done: Path, base: str
-) -> None:
-    """Train one stage and leave its model in `done`, which appears only when all of it is written.
+def prepared(
+    plan: Recipe, stage: Stage, source: str | Path, arguments: TrainingArguments
+) -> tuple[PreTrainedModel, nn.Module, ProcessorMixin]:
+    """The model of a stage, the same as it is trained, which LoRA wraps, and its processor.
 
     Args:
         source: What to go on from.
-        base: What an adapter of this stage belongs on.
     """
     set_seed(plan.seed)  # whatever stages came before in this process: new weights are drawn alike in one that resumes
     model, processor = _load(plan, source)
@@ -191,6 +191,19 @@ def _run_stage(
         for parameter in trained.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+    return model, trained, processor
+
+
+def _run_stage(
+    plan: Recipe, stage: Stage, source: str | Path, arguments: TrainingArguments, done: Path, base: str
+) -> None:
+    """Train one stage and leave its model in `done`, which appears only when all of it is written.
+
+    Args:
+        source: What to go on from.
+        base: What an adapter of this stage belongs on.
+    """
+    model, trained, processor = prepared(plan, stage, source, arguments)
     checkpoints, partial = _checkpoints(done), done.with_name(f"{done.name}.partial")
     trainer = trainer_for(stage, plan, trained, processor, arguments)
     trainer.add_callback(JSONLog(done.with_name(f"{stage.name}.log.jsonl")))
@@ -228,7 +241,7 @@ def _run_stage(
 def _save(
     trainer: RecipeTrainer,
     model: PreTrainedModel,
-    trained: torch.nn.Module,
+    trained: nn.Module,
     processor: ProcessorMixin,
     folder: Path,
     base: str,

@@ -12,7 +12,8 @@ from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import is_optimizer_factory
 
 from mllm_vision.eval.evaluation import evaluate
 from mllm_vision.eval.task import Task
@@ -50,9 +51,11 @@ class RecipeTrainer(Trainer):
         self._row_ids: list[str] = []
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        if self.optimizer is None and isinstance(self.model, (PreTrainedModel, PeftModel)):
+        if self.optimizer is None and (self.stage.learning_rates or self.stage.layer_decay):
             optimised = self.model if model is None else model
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, optimised)
+            if is_optimizer_factory(kind) or {"params", "model", "optimizer_dict"} & set(options):
+                raise ValueError(f"optim {self.args.optim!r} has groups of its own; leave out rates by part")
             groups = parameter_groups(
                 optimised,
                 self.args.learning_rate,

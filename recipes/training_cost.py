@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from mllm_vision.eval.measurement import in_fresh_process, in_turn, torch_threads
+from mllm_vision.eval.measurement import in_fresh_process, in_turn, peak_memory, seconds, torch_threads
+from mllm_vision.recipes.recipe import load_recipe
+from mllm_vision.recipes.stage_trainers import trainer_for
+from mllm_vision.recipes.train import beginning, prepared, training_arguments
 
 Step = Callable[[], None]
 
@@ -25,9 +30,9 @@ def training_cost(recipe: str, arms: dict[str, list[str]], *, repeats: int = 7, 
         By arm: ``seconds`` a step (median) and ``ratio`` to the first arm's of the same turn (median, min, max); and
         ``megabytes`` of the process above the loaded model, at most, during three steps.
     """
-    with TemporaryDirectory() as scratch, torch_threads(threads):
-        steps = [step_of(recipe, overrides, Path(scratch) / name) for name, overrides in arms.items()]
-        turns = in_turn([_timed(step) for step in steps], repeats)
+    with torch_threads(threads):
+        steps = [_step(recipe, overrides) for overrides in arms.values()]
+        turns = in_turn([partial(seconds, step) for step in steps], repeats)
         memory = [in_fresh_process(_step_memory, recipe, overrides, threads) for overrides in arms.values()]
     found = {}
     for i, name in enumerate(arms):
@@ -38,3 +43,31 @@ def training_cost(recipe: str, arms: dict[str, list[str]], *, repeats: int = 7, 
             "megabytes": memory[i],
         }
     return found
+
+
+def _step(recipe: str, overrides: Sequence[str]) -> Step:
+    """One step of the last stage, on its first batch; call it as often as you like."""
+    plan = load_recipe(recipe, overrides)
+    stage = plan.stages[-1]
+    with TemporaryDirectory() as scratch:
+        arguments = training_arguments(replace(plan, output=scratch), stage)
+        _, trained, processor = prepared(plan, stage, beginning(plan, Path(scratch)), arguments)
+    trainer = trainer_for(stage, plan, trained, processor, arguments)
+    optimizer = trainer.create_optimizer()
+    batch = next(iter(trainer.get_train_dataloader()))
+    batch.pop("row_ids", None)
+    trained.train()
+
+    def step() -> None:
+        trained(**batch)["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _step_memory(recipe: str, overrides: Sequence[str], threads: int) -> float:
+    with torch_threads(threads):
+        step = _step(recipe, overrides)
+        loaded, peak = peak_memory(lambda: [step() for _ in range(3)])
+    return peak - loaded

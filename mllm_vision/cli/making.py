@@ -66,6 +66,7 @@ def _several() -> None:
 def study(
     study: Annotated[str, typer.Argument(help="Name of a study that comes along, or a YAML file.")],
     out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+    cost: Annotated[int, typer.Option(min=0, help="Steps of training to measure time and memory of, in each arm.")] = 0,
     overwrite: Overwrite = False,
 ) -> None:
     """Train a recipe in several ways with several seeds and compare, or go on with it where it stopped."""
@@ -75,7 +76,7 @@ def study(
 
     if out is not None and out.exists() and not overwrite:
         raise typer.BadParameter(f"{out} exists; add --overwrite to replace it")
-    record = run_study(load_study(study), typer.echo)
+    record = run_study(load_study(study), typer.echo, cost_repeats=cost)
     Console().print(report(record))
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)

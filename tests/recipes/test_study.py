@@ -113,6 +113,15 @@ def test_the_table_names_every_arm(record):
     ]
 
 
+def test_what_a_step_costs_is_shown_where_it_was_measured(record):
+    cost = {arm: {"ratio": {"median": 0.71}, "megabytes": 460.6} for arm in record["arms"]}
+    console = Console(width=160, file=io.StringIO())
+    console.print(report({**record, "cost": cost}))
+    shown = console.file.getvalue()
+    assert "a step" in shown
+    assert shown.count("0.71") == shown.count("461") == 3
+
+
 def test_studies_that_come_along_can_be_read():
     assert study_names() == sorted(path.stem for path in STUDIES.glob("*.yaml"))
     assert "spatial_tokens" in study_names()

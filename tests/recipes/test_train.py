@@ -158,7 +158,7 @@ def test_a_run_goes_on_with_the_tower_as_a_vit_uhd(toy, unbroken, tmp_path, monk
 def test_every_stage_draws_the_scenes_of_its_recipe(toy, tmp_path, number):
     plan = load_recipe(toy, ["side=112", "text_scale=0.75", "stages.tower.logit_scale=7"])
     stage = plan.stages[number]
-    model, processor = train_module._load(plan, train_module._beginning(plan, tmp_path / "out"))
+    model, processor = train_module._load(plan, train_module.beginning(plan, tmp_path / "out"))
     arguments = TrainingArguments(str(tmp_path), report_to="none", max_steps=9)
     trainer = trainer_for(stage, plan, model, processor, arguments)
     for drawn, split in ((trainer.train_dataset, "train"), (trainer.eval_dataset, "validation")):
