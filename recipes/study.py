@@ -217,8 +217,8 @@ def _stage_records(run: Recipe) -> list[dict[str, Any]]:
 def report(record: dict[str, Any]) -> RenderableType:
     """The arms as a table: their size and cost, the task's headline by seed and of all, the difference to the first.
 
-    GFLOPs are those of the first question, up to the first token of its answer; "a step" is the time of a step of training
-    over the first arm's, MB its memory above the loaded model.
+    GFLOPs are those of the first question, up to the first token of its answer; "a step" is the time of a step of
+    training over the first arm's, MB its memory above the loaded model.
     """
     group, headline = record["task"]["headline"]
     title = f"{record['task']['name']}: {group}, {headline}; {LEVEL:.0%} intervals over questions"
@@ -228,9 +228,8 @@ def report(record: dict[str, Any]) -> RenderableType:
     for heading in ("", "parameters", "visual tokens", "GFLOPs", *measured, "by seed", headline, "difference"):
         table.add_column(heading, justify="left" if not heading else "right", overflow="fold")
     if record["before"] is not None:
-        table.add_row(
-            BEFORE, "", "", "", *("" for _ in measured), "", _cell(record["before"][group][headline], ".3f"), ""
-        )
+        scored = _cell(record["before"][group][headline], ".3f")
+        table.add_row(BEFORE, *[""] * (4 + len(measured)), scored, "")
     for i, (name, arm) in enumerate(record["arms"].items()):
         table.add_row(
             name,
