@@ -34,10 +34,12 @@ BASE_FILE = "mllm_vision_base.json"
 VERSION = 1
 """Version of `BASE_FILE`."""
 
-SAMPLED_WEIGHTS, SAMPLED_VALUES = 16, 8
+SAMPLED_WEIGHTS, SAMPLED_VALUES = 32, 8
 """Weights of each part, and values of each weight, by which a base is known again."""
 TOLERANCE = 2**-7
 """Relative difference that rounding a value to bfloat16 once or twice stays below."""
+TINY = 1e-7
+"""Difference that rounding to float16 makes in the smallest of values."""
 
 
 @dataclass(frozen=True)
@@ -120,22 +122,26 @@ class Base:
         self.check_config(host.config, slots)
         given = dict(_readable(host))
         quantised = {without_peft(name) for name, weight in host.named_parameters() if not weight.is_floating_point()}
-        for name, expected in self.weights.items():
-            if name in quantised or (name in given and _unseen(given[name])):
-                continue
+        seen = {
+            name: expected
+            for name, expected in self.weights.items()
+            if name not in quantised and not (name in given and _elsewhere(given[name]))
+        }
+        model = host.name_or_path or type(host).__name__
+        for name, expected in seen.items():
             shape = list(given[name].shape) if name in given else None
             if shape != expected["shape"]:
-                found = "has none of that name" if shape is None else f"has it {shape}"
+                found = "has no such weight" if shape is None else f"has {shape}"
                 raise ValueError(
-                    f"the adapter was trained on {self.name}, whose {name} is {expected['shape']}; the model given, "
-                    f"{host.name_or_path or type(host).__name__}, {found}: load {self.name}"
+                    f"the adapter was trained on {self.name}, whose {name} is {expected['shape']}, and the model "
+                    f"given, {model}, {found}; load {self.name}"
                 )
+        for name, expected in seen.items():
             values = torch.tensor([_sample(given[name]), expected["values"]])
-            if ((values[0] - values[1]).abs() > TOLERANCE * values.abs().amax(0) + 1e-7).any():
+            if ((values[0] - values[1]).abs() > TOLERANCE * values.abs().amax(0) + TINY).any():
                 raise ValueError(
-                    f"the adapter was trained on {self.name}, and the model given, "
-                    f"{host.name_or_path or type(host).__name__}, is another one, or has been trained further: "
-                    f"{name} has other values; load {self.name}"
+                    f"the adapter was trained on {self.name}, and the model given, {model}, is another one or has "
+                    f"been trained further: {name} has other values; load {self.name}"
                 )
 
 
@@ -214,7 +220,7 @@ def _readable(host: nn.Module) -> list[tuple[str, Tensor]]:
     ]
 
 
-def _unseen(weight: Tensor) -> bool:
+def _elsewhere(weight: Tensor) -> bool:
     """Whether a weight is elsewhere: on disk, or with the other processes."""
     return weight.is_meta or not weight.numel()
 

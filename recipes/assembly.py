@@ -84,10 +84,13 @@ def assemble(
         overwrite: Replace a model that is in ``out``.
 
     Returns:
-        The model and its processor.
+        The model and its processor. The projector is as the stock class draws it, so that a seed set before gives it
+        again: of the two packages, visual tokens begin with a norm of 1.1, where words have 3.2.
 
     Raises:
-        ValueError: parts that do not go together, or a side that patches do not divide; no weight is read then.
+        ValueError: parts that do not go together, or a side that patches do not divide; no weight is read then. With
+            weights, a language model that does more to logits than the host.
+        RuntimeError: a part lacks weights.
         FileExistsError: there is something in ``out``.
         ImportError: a package that brings a part along is not installed.
     """
@@ -145,7 +148,8 @@ def _joined(
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Read the weights and put the parts together."""
     seeing, speaking, tokenizer = eyes.load(dtype), speech.load(dtype), speech.tokenizer
-    if config.vision_config.to_dict().get("image_size") != seeing.config.to_dict().get("image_size"):
+    tiles = adapter_for(config).facts(config).grid is not None
+    if tiles and seeing.config.image_size != config.vision_config.image_size:
         seeing = resampled(seeing, config.vision_config)
     add_tokens(tokenizer, speaking)
     config.vision_config, config.text_config = seeing.config, speaking.config
@@ -161,16 +165,27 @@ def _joined(
     projector.apply(model._init_weights)
     model.model.multi_modal_projector = projector
     model.tie_weights()
+    _require_same_logits(model, speaking)
     model.generation_config = speaking.generation_config
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.eos_token_id = _ends(model.generation_config.eos_token_id, tokenizer.eos_token_id)
     return model.eval(), _processor(eyes, config, tokenizer)
 
 
+@torch.no_grad()
+def _require_same_logits(model: PreTrainedModel, language: PreTrainedModel) -> None:
+    ids = torch.arange(8)[None]
+    if not torch.allclose(model.eval()(input_ids=ids).logits, language.eval()(input_ids=ids).logits, rtol=1e-3):
+        raise ValueError(
+            f"the head of a {language.config.model_type} language model does more than the host's (it scales or caps "
+            "logits), so that answers would not be its own; take another"
+        )
+
+
 def _processor(eyes: Tower, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> ProcessorMixin:
     own, vision = tokenizer.chat_template, config.vision_config
     template = CHAT_TEMPLATE if own is None else WITH_IMAGES + own
-    if "image_size" not in vision.to_dict():
+    if adapter_for(config).facts(config).grid is None:
         return ViTUHDProcessor(eyes.image_processor, tokenizer, chat_template=template)
     square = {"height": vision.image_size, "width": vision.image_size}
     image_processor = CLIPImageProcessorPil(

@@ -149,9 +149,9 @@ def cached_rows(rows: Any, model: nn.Module, folder: str | Path, *, batch_size: 
     Raises:
         ValueError: the model cannot train on features, see `cached_tower`, or they do not fit into float16.
     """
-    host = _cacheable(model)
+    host, shape = _cacheable(model)
     with PartialState().local_main_process_first():
-        features = FeatureFile(Path(folder) / tower_digest(host), _feature_shape(host))
+        features = FeatureFile(Path(folder) / tower_digest(host), shape)
         found: list[tuple[dict[str, Any], list[str]]] = []
         waiting: dict[str, Tensor] = {}
         for index in range(len(rows)):
@@ -179,7 +179,7 @@ def cached_tower(model: nn.Module) -> Iterator[None]:
         ValueError: a tower that is trained, tiles or pictures of any size, or a method that asks the tower for evidence
             or for smaller pictures.
     """
-    host = _cacheable(model)
+    host, _ = _cacheable(model)
     tower, layers = adapter_for(host.config).tower(host), _layers(host)
     stock, held = tower.forward, vars(tower).get("forward")  # accelerate puts one on an instance
 
@@ -217,7 +217,7 @@ def tower_digest(host: PreTrainedModel) -> str:
     digest = hashlib.sha1(json.dumps([config, _layers(host)], sort_keys=True, default=str).encode())
     for name, weight in sorted(tower.state_dict().items()):
         digest.update(name.encode())
-        digest.update(weight.cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(weight.cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -226,13 +226,8 @@ def _layers(host: PreTrainedModel) -> list[int]:
     return [layers] if isinstance(layers, int) else list(layers)
 
 
-def _feature_shape(host: PreTrainedModel) -> tuple[int, int]:
-    facts = adapter_for(host.config).facts(host.config)
-    return facts.grid[0] * facts.grid[1] + facts.has_cls, facts.width
-
-
-def _cacheable(model: nn.Module) -> PreTrainedModel:
-    """The host in ``model``; a ValueError where features cannot take the place of its pictures."""
+def _cacheable(model: nn.Module) -> tuple[PreTrainedModel, tuple[int, int]]:
+    """The host in ``model`` and (N, L * C); a ValueError where features cannot take the place of its pictures."""
     host = find_host(model)
     adapter = adapter_for(host.config)
     facts = adapter.facts(host.config)
@@ -244,4 +239,4 @@ def _cacheable(model: nn.Module) -> PreTrainedModel:
     if isinstance(host, SlottedModel) and (host.vision_slots.requests or host.vision_slots.resize is not None):
         asking = ", ".join(method.type for method in host.vision_slots.methods)
         raise ValueError(f"a method among {asking} has to see the tower at work, or smaller pictures{remedy}")
-    return host
+    return host, (facts.grid[0] * facts.grid[1] + facts.has_cls, facts.width)

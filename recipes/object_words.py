@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from mllm_vision.images import load_image
 from mllm_vision.photos.export import IMAGE_FOLDER, OBJECTS
-from mllm_vision.recipes.objectives import IGNORED, encode_images
+from mllm_vision.recipes.objectives import IGNORED, encode_images, tokens_a_side
 
 BACKGROUND = "background"
 HITS = ("thing", "background")
@@ -39,14 +39,17 @@ class PhotoPatches(Dataset):
         folder: What `mllm_vision.photos.export_photos` wrote.
         split: Of the photographs.
         nouns: The words; the first is for patches on no object.
-        grid: Patches a side.
+        processor: That of a host with as many visual tokens as patches.
         length: Photographs to go through, which begin anew at their end; None is each once.
     """
 
-    def __init__(self, folder: str | Path, split: str, nouns: Sequence[str], grid: int, length: int | None = None):
-        self.folder, self.nouns, self.grid = Path(folder), list(nouns), grid
+    def __init__(
+        self, folder: str | Path, split: str, nouns: Sequence[str], processor: ProcessorMixin, length: int | None = None
+    ):
+        self.folder, self.nouns, self.processor = Path(folder), list(nouns), processor
         with (self.folder / OBJECTS).open(encoding="utf-8") as file:
             self.rows = [row for row in map(json.loads, file) if row["split"] == split]
+        self.grid = tokens_a_side(processor, self.rows[0]["side"])
         self.length = len(self.rows) if length is None else length
 
     def __len__(self) -> int:
@@ -55,7 +58,9 @@ class PhotoPatches(Dataset):
     def __getitem__(self, i: int) -> dict[str, Any]:
         row = self.rows[i % len(self.rows)]
         image = load_image(self.folder / IMAGE_FOLDER / f"{row['id']}.jpg")
-        return {"row_id": row["id"], "image": image, "nouns": patch_nouns(row, self.nouns, self.grid)}
+        images = encode_images(self.processor, [image])
+        del images["input_ids"]
+        return {"row_id": row["id"], "nouns": patch_nouns(row, self.nouns, self.grid)[None], **images}
 
 
 def nouns_of(folder: str | Path) -> list[str]:
@@ -90,17 +95,10 @@ def patch_nouns(row: dict[str, Any], nouns: Sequence[str], grid: int) -> Tensor:
     return owners.flatten()
 
 
-class PhotoPatchCollator:
-    """Makes a batch of rows of `PhotoPatches`: ``nouns`` (B, N), what the model needs of pictures, and ``row_ids``."""
-
-    def __init__(self, processor: ProcessorMixin):
-        self.processor = processor
-
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        images = encode_images(self.processor, [row["image"] for row in rows])
-        del images["input_ids"]
-        nouns = torch.stack([row["nouns"] for row in rows])
-        return {"nouns": nouns, "row_ids": [row["row_id"] for row in rows], **images}
+def photo_patch_batch(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Rows of `PhotoPatches` as a batch: ``nouns`` (B, N), what the model needs of pictures, and ``row_ids``."""
+    tensors = {name: torch.cat([row[name] for row in rows]) for name in rows[0] if name != "row_id"}
+    return {**tensors, "row_ids": [row["row_id"] for row in rows]}
 
 
 class ObjectWords(nn.Module):

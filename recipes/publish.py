@@ -51,6 +51,8 @@ def publish(plan: Recipe, name: str, stages: list[Path], final: Path, arguments:
         **environment(),
     }
     if arguments.should_save:
+        for cut_off in final.parent.glob(f".{final.name}-*"):  # by an end of the process while it wrote here
+            shutil.rmtree(cut_off)
         with whole_folder(final) as folder:
             if facts["adapter"]:
                 shutil.copytree(stages[-1], folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(STAGE_RECORD))

@@ -85,7 +85,7 @@ def find_tower(source: str | Path) -> Tower:
     def load(dtype: torch.dtype) -> PreTrainedModel:
         return _complete(AutoModel, source, config=config, dtype=dtype)
 
-    return Tower(config, load, AutoImageProcessor.from_pretrained(source, backend="pil"))
+    return Tower(config, load, AutoImageProcessor.from_pretrained(source))
 
 
 def find_language(source: str | Path) -> Language:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial, singledispatch
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 from transformers import EvalPrediction, PreTrainedModel, ProcessorMixin, TrainingArguments
 
 from mllm_vision.api import find_host
 from mllm_vision.eval.tasks.scenes import Scenes
+from mllm_vision.host import adapter_for, without_peft
 from mllm_vision.recipes import object_words
+from mllm_vision.recipes.cached_tower import cached_rows
 from mllm_vision.recipes.data import ChatCollator, ModalityLengthSampler, RowEncoder, training_rows
-from mllm_vision.recipes.object_words import ObjectWords, PhotoPatchCollator, PhotoPatches, nouns_of
+from mllm_vision.recipes.object_words import ObjectWords, PhotoPatches, nouns_of, photo_patch_batch
 from mllm_vision.recipes.objectives import (
     HITS,
     AnswerCollator,
@@ -23,12 +27,14 @@ from mllm_vision.recipes.objectives import (
     PatchWords,
     PatchWordScenes,
     token_side,
-    tokens_a_side,
 )
 from mllm_vision.recipes.recipe import Recipe
 from mllm_vision.recipes.stages import AnswersStage, ConversationsStage, ObjectWordsStage, PatchWordsStage, Stage
 from mllm_vision.recipes.trainer import AskingTrainer, RecipeTrainer, rows_a_step
 from mllm_vision.slotted import SlottedModel
+
+FEATURES = "features"
+"""Folder of a run's cache of tower features, in its output."""
 
 _HELD_OUT = 160  # validation scenes looked at during training
 _ASKED = 60  # questions a family during training
@@ -79,15 +85,17 @@ def _(
     processor: ProcessorMixin,
     arguments: TrainingArguments,
 ) -> RecipeTrainer:
-    nouns, grid = nouns_of(stage.photos), tokens_a_side(processor, plan.side)
+    nouns = nouns_of(stage.photos)
+    rows = PhotoPatches(stage.photos, "train", nouns, processor)
+    held_out = PhotoPatches(stage.photos, "validation", nouns, processor, _HELD_OUT)
     arguments.label_names = ["nouns"]
     return RecipeTrainer(
         ObjectWords(model, processor, nouns),
         arguments,
         stage=stage,
-        data_collator=PhotoPatchCollator(processor),
-        train_dataset=PhotoPatches(stage.photos, "train", nouns, grid),
-        eval_dataset=PhotoPatches(stage.photos, "validation", nouns, grid, _HELD_OUT),
+        data_collator=photo_patch_batch,
+        train_dataset=_cached(stage.cache_tower, rows, plan, model),
+        eval_dataset=_cached(stage.cache_tower, held_out, plan, model),
         compute_metrics=partial(_share_right, object_words.HITS),
     )
 
@@ -133,15 +141,19 @@ def _(
         sampler = ModalityLengthSampler(
             rows, arguments.train_batch_size, processes=arguments.world_size, seed=plan.seed
         )
+    if stage.data[0].streaming:
+        # Else the first process reads for all, and joins their rows, which are not padded alike, to hand them out.
+        arguments.accelerator_config.dispatch_batches = False
+    blank = arguments.world_size > 1 or not _language_learns(model)
     arguments.prediction_loss_only = True
     return RecipeTrainer(
         model,
         arguments,
         stage=stage,
         sampler=sampler,
-        data_collator=ChatCollator(processor, pack=stage.pack, blank_image=arguments.world_size > 1),
-        train_dataset=rows,
-        eval_dataset=held_out,
+        data_collator=ChatCollator(processor, pack=stage.pack, dtype=find_host(model).dtype, blank_image=blank),
+        train_dataset=_cached(stage.cache_tower, rows, plan, model),
+        eval_dataset=None if held_out is None else _cached(stage.cache_tower, held_out, plan, model),
         processing_class=processor,
     )
 
@@ -149,6 +161,19 @@ def _(
 def _scenes(arguments: TrainingArguments) -> int:
     """As many training scenes as the steps of a stage need: scenes are without end, and none is seen twice."""
     return arguments.max_steps * rows_a_step(arguments)
+
+
+def _cached(wanted: bool, rows: Any, plan: Recipe, model: PreTrainedModel) -> Any:
+    """``rows``, with features of the tower in place of pictures where that is wanted; all stages share them."""
+    return cached_rows(rows, model, Path(plan.output) / FEATURES) if wanted else rows
+
+
+def _language_learns(model: nn.Module) -> bool:
+    """Whether a row without a picture has anything to teach."""
+    host = find_host(model)
+    adapter = adapter_for(host.config)
+    learning = [without_peft(name) for name, parameter in host.named_parameters() if parameter.requires_grad]
+    return any(adapter.part_of(name) == "language" for name in learning)
 
 
 def _added(model: PreTrainedModel) -> int:

@@ -57,6 +57,10 @@ class Stage(Settings):
             if unknown := sorted(set(getattr(self, kind)) - set(PARTS)):
                 raise ValueError(f"{where}.{kind}: unknown part {', '.join(unknown)}; there are {', '.join(PARTS)}")
 
+    def _check_cache(self, wanted: bool) -> None:
+        if wanted and ("tower" in self.trains or (self.lora is not None and "tower" in self.lora.parts)):
+            raise ValueError(f"stages.{self.name}.cache_tower needs a frozen tower, but the stage trains it")
+
 
 @dataclass(kw_only=True)
 class PatchWordsStage(Stage):
@@ -88,14 +92,17 @@ class ObjectWordsStage(Stage):
 
     Args:
         photos: Folder that `mllm-vision photos` wrote.
+        cache_tower: As in `ConversationsStage`.
     """
 
     objective: Literal["object_words"] = "object_words"
 
     photos: str
+    cache_tower: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_cache(self.cache_tower)
         if self.lora is not None or "language" in self.trains:
             raise ValueError(f"stages.{self.name}: the language model is not asked here; train tower or projector")
 
@@ -162,8 +169,7 @@ class ConversationsStage(Stage):
             for name in ("group_by_modality", "cache_tower"):
                 if getattr(self, name):
                     raise ValueError(f"{where}.{name} needs all rows at hand, but its data is streamed")
-        if self.cache_tower and ("tower" in self.trains or (self.lora is not None and "tower" in self.lora.parts)):
-            raise ValueError(f"{where}.cache_tower needs a frozen tower, but the stage trains it")
+        self._check_cache(self.cache_tower)
         evaluates = self.arguments.get("eval_strategy", "no") != "no"
         if evaluates != bool(self.validation):
             raise ValueError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from rich.table import Table
 from transformers import PreTrainedModel, ProcessorMixin
 
 import mllm_vision as mv
+from mllm_vision.api import find_host
 from mllm_vision.eval.answers import inputs_for, prompt_for
 from mllm_vision.eval.bench import prompt_lengths
 from mllm_vision.eval.environment import environment
@@ -33,6 +34,7 @@ from mllm_vision.eval.task import Task, parse_tasks
 from mllm_vision.recipes.publish import STAGE_RECORD
 from mllm_vision.recipes.recipe import RECIPES, Recipe, load_recipe
 from mllm_vision.recipes.train import train
+from mllm_vision.registry import parse_methods
 from mllm_vision.settings import Settings
 from mllm_vision.slotted import SlottedModel
 
@@ -51,6 +53,9 @@ class Study(Settings):
         task: What the trained models are asked.
         seeds: Of the runs of each arm.
         arms: By name, the `key=value` overrides of the recipe that make it; the first is what others are compared with.
+            Arms with the same overrides share their runs.
+        plug: By arm, methods that take the place of the recipe's when the trained model is asked, as
+            "hiprune:keep=1/3".
     """
 
     recipe: str
@@ -58,11 +63,16 @@ class Study(Settings):
     task: str
     seeds: list[int]
     arms: dict[str, list[str]]
+    plug: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.seeds or not self.arms:
             raise ValueError("a study needs seeds and arms, one of each at least")
+        if unknown := sorted(set(self.plug) - set(self.arms)):
+            raise ValueError(f"plug names no arm with {', '.join(unknown)}; the arms are {', '.join(self.arms)}")
+        for methods in self.plug.values():
+            parse_methods(methods)
 
     def runs(self, arm: str) -> list[Recipe]:
         """The runs of an arm, one a seed."""
@@ -70,7 +80,8 @@ class Study(Settings):
 
     def overrides(self, arm: str, seed: int) -> list[str]:
         """What makes the recipe one run of this study."""
-        return [*self.arms[arm], f"seed={seed}", f"output={Path(self.output) / f'{arm}-{seed}'}"]
+        runs_of = next(name for name, overrides in self.arms.items() if overrides == self.arms[arm])
+        return [*self.arms[arm], f"seed={seed}", f"output={Path(self.output) / f'{runs_of}-{seed}'}"]
 
 
 def study_names() -> list[str]:
@@ -107,9 +118,10 @@ def run_study(plan: Study, say: Callable[[str], None] = lambda line: None) -> di
     Returns:
         What `report` shows, as JSON holds it: ``environment``, ``study``, ``intervals``, ``before`` (the scores of the
         checkpoint that the runs begin with, None for a new model) and ``arms``, each with the recipe's ``overrides``,
-        ``parameters``, ``visual_tokens`` of the first question and the ``flops`` of its steps, ``seconds`` of training
-        by seed (None for a run that was resumed), what each stage reached on ``held_out`` scenes by seed, the headline
-        of each of the ``seeds``, ``scores`` of all seeds together and ``differences`` to the first arm.
+        what was ``plug``ged in, ``parameters``, ``visual_tokens`` of the first question and the ``flops`` of its
+        steps, ``seconds`` of training by seed (None for a run that was resumed), what each stage reached on
+        ``held_out`` scenes by seed, the headline of each of the ``seeds``, ``scores`` of all seeds together and
+        ``differences`` to the first arm.
     """
     (task,) = parse_tasks([plan.task])
     for seed in plan.seeds:
@@ -124,8 +136,12 @@ def run_study(plan: Study, say: Callable[[str], None] = lambda line: None) -> di
         for run in plan.runs(arm):
             say(f"asking: {Path(run.output).name}")
             model, processor = mv.load(Path(run.output) / "model")
-            facts[arm] = {"parameters": model.num_parameters(), **prompt_cost(model, processor, task)}
-            asked = evaluate(model, processor, task, out=Path(run.output) / ANSWERS, batch_size=32)
+            answers = Path(run.output) / ANSWERS
+            if arm in plan.plug:
+                mv.apply(model, *parse_methods(plan.plug[arm]))
+                answers = answers.with_name(f"{ANSWERS}-{arm}")
+            facts[arm] = {"parameters": find_host(model).num_parameters(), **prompt_cost(model, processor, task)}
+            asked = evaluate(model, processor, task, out=answers, batch_size=32)
             found.setdefault(arm, []).append(asked.tasks[task.name])
     first, *_ = plan.arms
     return {
@@ -138,6 +154,7 @@ def run_study(plan: Study, say: Callable[[str], None] = lambda line: None) -> di
         "arms": {
             arm: {
                 "overrides": plan.arms[arm],
+                "plug": plan.plug.get(arm),
                 **facts[arm],
                 "seconds": [_seconds(run) for run in plan.runs(arm)],
                 "held_out": [_held_out(run) for run in plan.runs(arm)],
@@ -159,7 +176,7 @@ def prompt_cost(model: PreTrainedModel, processor: ProcessorMixin, task: Task) -
     question, *_ = task.load().examples
     prompt = prompt_for(processor, question.question, len(question.images))
     inputs = inputs_for(processor, [prompt], [[load() for load in question.images]])
-    with nullcontext() if isinstance(model, SlottedModel) else mv.using(model), counting_flops() as clock:
+    with nullcontext() if isinstance(find_host(model), SlottedModel) else mv.using(model), counting_flops() as clock:
         visual, _ = prompt_lengths(model, inputs)
         return {"visual_tokens": visual, "flops": asdict(measure_steps(model, inputs, 2, clock))}
 

@@ -8,10 +8,12 @@ checkpoint. A finished run is never overwritten unasked. Any number of processes
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import torch
 import yaml
 from peft import PeftModel
 from transformers import AutoConfig, PreTrainedModel, ProcessorMixin, TrainingArguments, set_seed
+from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -28,6 +31,7 @@ from mllm_vision.api import source_of
 from mllm_vision.convert import whole_folder
 from mllm_vision.host import PARTS, adapter_for, inside
 from mllm_vision.recipes.assembly import AssemblySpec, assemble
+from mllm_vision.recipes.cached_tower import cached_tower
 from mllm_vision.recipes.disk import require_room
 from mllm_vision.recipes.lora import with_lora
 from mllm_vision.recipes.publish import STAGE_RECORD, publish
@@ -36,7 +40,7 @@ from mllm_vision.recipes.recipe import Recipe, load_recipe
 from mllm_vision.recipes.stage_trainers import trainer_for
 from mllm_vision.recipes.stages import ConversationsStage, Stage
 from mllm_vision.recipes.tiny_model import NewModelSpec, build_model, build_processor
-from mllm_vision.recipes.trainer import JSONLog, RecipeTrainer, rows_a_step
+from mllm_vision.recipes.trainer import JSONLog, RecipeTrainer, rows_a_step, steps_of
 from mllm_vision.recipes.uhd_tower import with_uhd_tower
 from mllm_vision.registry import MethodConfig
 
@@ -64,6 +68,8 @@ def train(recipe: str | Path, overrides: Sequence[str] = ()) -> Path:
     output = Path(plan.output)
     arguments = {stage.name: training_arguments(plan, stage) for stage in plan.stages}
     first = arguments[plan.stages[0].name]
+    for told in arguments.values():
+        _require_reporters(told)
     if first.should_save:
         _claim(plan, output)
     set_seed(plan.seed)
@@ -73,9 +79,9 @@ def train(recipe: str | Path, overrides: Sequence[str] = ()) -> Path:
     for stage in plan.stages:
         done = output / stage.name
         if not done.is_dir():
-            model, processor = _load(plan, stages[-1] if stages else source)
             base = stages[-1] if stages and not _retrains_all(plan, stage) else source
-            _run_stage(plan, stage, model, processor, arguments[stage.name], done, str(base))
+            _run_stage(plan, stage, stages[-1] if stages else source, arguments[stage.name], done, str(base))
+            gc.collect()  # a trainer and its model hold each other; the next stage needs their memory
         stages.append(done)
     return publish(plan, Path(recipe).stem, stages, output / "model", first)
 
@@ -90,6 +96,7 @@ def training_arguments(plan: Recipe, stage: Stage) -> TrainingArguments:
             "save_total_limit": 1,
             "remove_unused_columns": False,
             "disable_tqdm": False,
+            "run_name": f"{Path(plan.output).name}-{stage.name}",
             "dataloader_pin_memory": torch.cuda.is_available(),
             **stage.arguments,
         },
@@ -98,21 +105,43 @@ def training_arguments(plan: Recipe, stage: Stage) -> TrainingArguments:
     )
 
 
+def _require_reporters(arguments: TrainingArguments) -> None:
+    """Raise where ``report_to`` names what is not known or not installed, which the Trainer says when all is loaded.
+
+    Raises:
+        ValueError: a name that transformers does not know; the message lists those it does.
+        RuntimeError: a package that is not installed; the message names it.
+    """
+    for reporter in get_reporting_integration_callbacks(arguments.report_to):
+        reporter()
+
+
 def _claim(plan: Recipe, output: Path) -> None:
     """Make `output` ours: create it, go on with the same recipe in it, or refuse."""
     record = output / _RECORD
     wanted = yaml.safe_dump({**dataclasses.asdict(plan), "overwrite": False}, sort_keys=False)
-    if output.exists() and any(output.iterdir()):
+    if output.is_dir() and any(output.iterdir()):
         if not record.is_file():
             raise FileExistsError(f"{output} is not empty and holds no training run; choose another output")
-        if plan.overwrite:
+        same = record.read_text(encoding="utf-8") == wanted
+        if plan.overwrite or not (same or _has_learnt(output)):
             shutil.rmtree(output)
         elif (output / "model").exists():
             raise FileExistsError(f"{output} holds a finished run; pass overwrite=true to replace it")
-        elif record.read_text(encoding="utf-8") != wanted:
+        elif not same:
             raise FileExistsError(f"{output} holds an unfinished run of another recipe; pass overwrite=true to drop it")
-    output.mkdir(parents=True, exist_ok=True)
-    record.write_text(wanted, encoding="utf-8")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        written = output / f".{_RECORD}"
+        written.write_text(wanted, encoding="utf-8")
+        written.replace(record)
+    except OSError as error:
+        raise type(error)(f"output {output} cannot be written to: {error}; choose another output") from error
+
+
+def _has_learnt(output: Path) -> bool:
+    """Whether a run has come as far as to a checkpoint or the end of a stage."""
+    return any(output.glob(f"*/{STAGE_RECORD}")) or any(output.glob(f"*/{PREFIX_CHECKPOINT_DIR}-*"))
 
 
 def _beginning(plan: Recipe, output: Path) -> str | Path:
@@ -146,33 +175,38 @@ def _load(plan: Recipe, source: str | Path) -> tuple[PreTrainedModel, ProcessorM
 
 
 def _run_stage(
-    plan: Recipe,
-    stage: Stage,
-    model: PreTrainedModel,
-    processor: ProcessorMixin,
-    arguments: TrainingArguments,
-    done: Path,
-    base: str,
+    plan: Recipe, stage: Stage, source: str | Path, arguments: TrainingArguments, done: Path, base: str
 ) -> None:
-    """Train one stage and leave its model in `done`, which appears only when all of it is written."""
+    """Train one stage and leave its model in `done`, which appears only when all of it is written.
+
+    Args:
+        source: What to go on from.
+        base: What an adapter of this stage belongs on.
+    """
+    set_seed(plan.seed)  # whatever stages came before in this process: new weights are drawn alike in one that resumes
+    model, processor = _load(plan, source)
     _train_only(model, stage.trains)
     trained = model if stage.lora is None else with_lora(model, stage.lora, stage.trains)
     if arguments.bf16 or arguments.fp16:  # half holds too few digits to add small steps up; it is for the products
         for parameter in trained.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
-    checkpoints = _checkpoints(done)
+    checkpoints, partial = _checkpoints(done), done.with_name(f"{done.name}.partial")
     trainer = trainer_for(stage, plan, trained, processor, arguments)
     trainer.add_callback(JSONLog(done.with_name(f"{stage.name}.log.jsonl")))
-    if arguments.should_save:
-        require_room(checkpoints, trained, arguments)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = str(done.parent / "tensorboard" / stage.name)  # not among checkpoints, which go
     latest = _latest_checkpoint(checkpoints)
-    started = time.monotonic()
-    trainer.train(resume_from_checkpoint=latest)
-    seconds = None if latest else round(time.monotonic() - started)  # a resumed run has no one wall time
-    partial = done.with_name(f"{stage.name}.partial")
+    trainer.accelerator.wait_for_everyone()  # all have looked before one tidies up
     if arguments.should_save:
         shutil.rmtree(partial, ignore_errors=True)
+        _drop_broken(checkpoints)
+        require_room(checkpoints, trained, arguments, steps_of(trainer))
+    started = time.monotonic()
+    with cached_tower(trained) if getattr(stage, "cache_tower", False) else nullcontext():
+        trainer.train(resume_from_checkpoint=latest)
+    seconds = None if latest else round(time.monotonic() - started)  # a resumed run has no one wall time
     _save(trainer, model, trained, processor, partial, base)
     if arguments.should_save:
         record = {
@@ -200,17 +234,14 @@ def _save(
     base: str,
 ) -> None:
     """Write what a stage has trained: the whole model, or what lies on top of its base. All processes take part."""
-    if isinstance(trained, PeftModel):
-        state = None
-        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-            state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-        if trainer.args.should_save:
-            save_adapter(trained, folder, base, state)
-    elif trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        trainer.save_model(str(folder))  # gathers the weights
-    elif trainer.args.should_save:
-        model.save_pretrained(folder)
+    state = None
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathered, in the first process
     if trainer.args.should_save:
+        if isinstance(trained, PeftModel):
+            save_adapter(trained, folder, base, state)
+        else:
+            model.save_pretrained(folder, state_dict=state)
         processor.save_pretrained(folder)
 
 
@@ -221,11 +252,13 @@ def _train_only(model: PreTrainedModel, names: Sequence[str]) -> None:
         ValueError: a name that is neither a part nor a submodule.
     """
     adapter, known = adapter_for(model.config), {name for name, _ in model.named_modules()}
+    idle = adapter.idle(model.config)  # in which a process of several would wait for gradients that never come
     if unknown := [name for name in names if name not in PARTS and name not in known]:
         raise ValueError(f"trains: {', '.join(unknown)} is no submodule of the model, and no part: {', '.join(PARTS)}")
     for name, parameter in model.named_parameters():
         asked = adapter.part_of(name) in names or any(inside(name, other) for other in (*names, "vision_slots"))
-        parameter.requires_grad_(asked and parameter.is_floating_point())
+        learns = asked and not any(inside(name, other) for other in idle)
+        parameter.requires_grad_(learns and parameter.is_floating_point())
 
 
 def _retrains_all(plan: Recipe, stage: Stage) -> bool:
@@ -239,12 +272,25 @@ def _checkpoints(done: Path) -> Path:
 
 
 def _latest_checkpoint(folder: Path) -> str | None:
-    """The last checkpoint that is whole; one whose writing was cut off has no trainer state, which is written last."""
-    found = sorted(
-        (path.parent for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")),
-        key=lambda path: int(path.name.rpartition("-")[2]),
-    )
-    return str(found[-1]) if found else None
+    """The last checkpoint that is whole."""
+    whole = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _is_whole(path)]
+    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether all of a checkpoint was written: the trainer's state is the last of it."""
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return False
+    return True
+
+
+def _drop_broken(folder: Path) -> None:
+    """Delete checkpoints whose writing was cut off, lest their files be mixed with those of the next attempt."""
+    for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        if not _is_whole(path):
+            shutil.rmtree(path)
 
 
 def _held_out_curve(log_history: list[dict[str, float]]) -> list[dict[str, float]]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import Sampler
@@ -14,6 +16,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 
 from mllm_vision.eval.evaluation import evaluate
 from mllm_vision.eval.task import Task
+from mllm_vision.recipes.data import ModalityLengthSampler
 from mllm_vision.recipes.parameters import parameter_groups
 from mllm_vision.recipes.stages import Stage
 
@@ -21,6 +24,14 @@ from mllm_vision.recipes.stages import Stage
 def rows_a_step(arguments: TrainingArguments) -> int:
     """Rows that all processes learn from between two changes of the weights."""
     return arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+
+
+def steps_of(trainer: Trainer) -> int:
+    """How often the weights of a stage change."""
+    arguments = trainer.args
+    if arguments.max_steps > 0:
+        return arguments.max_steps
+    return math.ceil(arguments.num_train_epochs * math.ceil(len(trainer.train_dataset) / rows_a_step(arguments)))
 
 
 class RecipeTrainer(Trainer):
@@ -31,9 +42,11 @@ class RecipeTrainer(Trainer):
         sampler: The order of the training rows, None for the Trainer's own.
     """
 
-    def __init__(self, *args: Any, stage: Stage, sampler: Sampler[int] | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, stage: Stage, sampler: ModalityLengthSampler | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.stage, self.sampler = stage, sampler
+        if sampler is not None:
+            self.add_callback(EpochsOf(sampler))
         self._row_ids: list[str] = []
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -55,13 +68,40 @@ class RecipeTrainer(Trainer):
         """As the stock one.
 
         Raises:
-            FloatingPointError: the loss is no number; the message names step and rows. No weight has taken it in.
+            FloatingPointError: the loss is no number, in this process or another; the message names step and rows. No
+                weight has taken it in.
         """
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            rows = f"; its rows are {', '.join(self._row_ids)}" if self._row_ids else ""
-            raise FloatingPointError(f"the loss of step {self.state.global_step + 1} is {loss.item()}{rows}")
+        broken = ~torch.isfinite(loss)
+        # All processes stop at once: one that went on would learn from the gradients of the broken one, and save them.
+        if self.accelerator.reduce(broken.float(), reduction="sum"):
+            told = gather_object([(loss.item(), self._row_ids)] if broken else [])
+            values = ", ".join(str(value) for value, _ in told)
+            rows = ", ".join(row for _, rows in told for row in rows)
+            raise FloatingPointError(
+                f"the loss of step {self.state.global_step + 1} is {values}"
+                + (f"; its rows are {rows}" if rows else "")
+            )
         return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """As the stock one, which is asked ahead of every change of the weights.
+
+        Raises:
+            FloatingPointError: a norm that is no number, unless float16's scaler, which leaves such a step out, is on.
+        """
+        norm = super()._get_grad_norm(model, grad_norm)
+        if norm is not None and self.accelerator.scaler is None and not math.isfinite(norm):
+            raise FloatingPointError(
+                f"the loss of step {self.state.global_step + 1} is finite, but the norm of its gradient is {norm}; "
+                "lower the learning rate, or train in float32 or with arguments.bf16"
+            )
+        return norm
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # The first process writes its state next, which says that the checkpoint is whole: others must be done by then.
+        self.accelerator.wait_for_everyone()
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         self._row_ids = inputs.pop("row_ids", [])  # for whoever reads an error, not for the model
@@ -99,8 +139,22 @@ class AskingTrainer(RecipeTrainer):
         return {**metrics, **answered}
 
 
+class EpochsOf(TrainerCallback):
+    """Tells a sampler the epoch: where a run goes on in the midst of one, nobody else does, with several processes."""
+
+    def __init__(self, sampler: ModalityLengthSampler) -> None:
+        self.sampler = sampler
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.sampler.set_epoch(int(state.epoch or 0))
+
+
 class JSONLog(TrainerCallback):
     """Writes all that a run logs as JSON lines; a run that goes on from a checkpoint drops what lay behind it.
+
+    Every checkpoint logs the loss up to it, so that the means of a resumed run are over the steps of an unbroken one's.
 
     Args:
         file: Where to.
@@ -114,8 +168,19 @@ class JSONLog(TrainerCallback):
     ) -> None:
         if state.is_world_process_zero:
             lines = self.file.read_text(encoding="utf-8").splitlines(True) if self.file.exists() else []
-            kept = (line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state.global_step)
-            self.file.write_text("".join(kept), encoding="utf-8")
+            known = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
+            kept = [line for line, row in known if row["step"] <= state.global_step and "train_runtime" not in row]
+            written = self.file.with_name(f".{self.file.name}")
+            written.write_text("".join(kept), encoding="utf-8")
+            written.replace(self.file)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_log |= control.should_save
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        control.should_log |= control.should_save
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any

@@ -109,7 +109,7 @@ def sample_nouns(material: Material, split: str, background: Background, rng: ra
     """What to paste, 1 to `MOST_OBJECTS` nouns, some several times; most are of one theme."""
     allowed = set(material.pools[split]) - set(background.shows)
     themes = [theme for nouns in material.vocabulary.themes.values() if len(theme := allowed & set(nouns)) > 1]
-    theme = rng.choice(themes)
+    theme = rng.choice(themes or [allowed])  # a folder of few cut-outs may have one of each theme
     n = rng.choices(range(1, MOST_OBJECTS + 1), _OBJECT_ODDS)[0]
     chosen: list[str] = []
     while len(chosen) < n:

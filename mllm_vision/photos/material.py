@@ -19,7 +19,7 @@ import yaml
 from PIL import Image
 
 SPLITS = ("train", "validation", "test")
-LEAST_NOUNS = 8
+LEAST_NOUNS = 16  # of each split: five in a picture, their kin and what the background shows leave enough to ask for
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 _HELD_OUT_BUCKETS = {0: "test", 1: "validation"}  # of 10, for backgrounds that the table does not list
@@ -115,9 +115,9 @@ class Material:
     def backdrop(self, path: Path) -> Image.Image:
         """A background, RGB, its shorter side once to twice `side` pixels."""
         if path not in self._backdrops:
-            image = Image.open(path)
-            image.draft("RGB", (4 * self.side, 4 * self.side))
-            image = image.convert("RGB")
+            opened = Image.open(path)
+            opened.draft("RGB", (4 * self.side, 4 * self.side))  # a JPEG is decoded no larger than that takes
+            image = opened.convert("RGB")
             short = max(self.side, min(*image.size, 2 * self.side))
             width, height = (round(length * short / min(image.size)) for length in image.size)
             self._backdrops[path] = image.resize((width, height), Image.Resampling.LANCZOS)

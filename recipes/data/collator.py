@@ -28,6 +28,7 @@ class ChatCollator:
         pack: Put all rows behind one another in one sequence instead of padding them. Each has its own positions and
             sees itself alone, by a mask (1, 1, L, L) that SDPA and eager attention take. Methods that leave a picture
             fewer or more tokens than placeholders need padded rows.
+        dtype: The model's, which the mask of a pack must have: SDPA misreads float32 beside float64 and says nothing.
         blank_image: Give a batch without pictures one, behind an answer, where nothing that is learnt sees it. So every
             process of a distributed run has gradients, if zero, for the same weights.
 
@@ -35,13 +36,20 @@ class ChatCollator:
         ValueError: packing for a model whose positions have more than one dimension.
     """
 
-    def __init__(self, processor: ProcessorMixin, *, pack: bool = False, blank_image: bool = False):
+    def __init__(
+        self,
+        processor: ProcessorMixin,
+        *,
+        pack: bool = False,
+        blank_image: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ):
         if pack and "mm_token_type_ids" in processor.model_input_names:
             raise ValueError(
                 f"rows of {type(processor).__name__} cannot be packed, because its model gives the tokens of a picture "
                 "positions in several dimensions, counted through a whole sequence; set pack to false"
             )
-        self.processor, self.pack, self.blank_image = processor, pack, blank_image
+        self.processor, self.pack, self.blank_image, self.dtype = processor, pack, blank_image, dtype
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """The inputs of a model: what runs along the prompt (B, L), pictures of all rows in one tensor."""
@@ -56,7 +64,7 @@ class ChatCollator:
         if self.pack:
             batch = {name: v[None] if name in ALONG_PROMPT else v for name, v in _joined(tensors).items()}
             batch["position_ids"] = torch.cat([torch.arange(length) for length in lengths])[None]
-            batch["attention_mask"] = _own_row(lengths)
+            batch["attention_mask"] = _own_row(lengths, self.dtype)
         else:
             fill = {"input_ids": self._pad_id, **PAD_VALUES}
             batch = {
@@ -98,8 +106,8 @@ def _pictures(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat([pad(part, by) for part, by in zip(parts, padding, strict=True)])
 
 
-def _own_row(lengths: Sequence[int]) -> Tensor:
+def _own_row(lengths: Sequence[int], dtype: torch.dtype) -> Tensor:
     """(1, 1, L, L): 0 where a token sees another, which stands ahead of it in its row, and elsewhere -inf, nearly."""
     row = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     sees = (row[:, None] == row) & torch.ones(len(row), len(row), dtype=torch.bool).tril()
-    return torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.float32).min)[None, None]
+    return torch.zeros(sees.shape, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)[None, None]

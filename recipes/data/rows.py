@@ -187,7 +187,8 @@ def _weighted(rows: int, weight: float) -> np.ndarray:
 
 def _shuffled(rows: Iterator[Any], seed: str) -> Iterator[Any]:
     """Every row in the order of draws from a buffer."""
-    draw, held = random.Random(seed), []
+    draw = random.Random(seed)
+    held: list[Any] = []
     for row in rows:
         if len(held) < _SHUFFLED:
             held.append(row)

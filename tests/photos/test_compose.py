@@ -135,6 +135,6 @@ def test_an_unknown_split_is_refused(material):
 def test_counts_go_from_left_to_right():
     boxes = {"dog": (60, 0, 80, 20), "cat": (10, 30, 30, 50), "cow": (40, 0, 50, 10)}
     things = [Pasted(noun, noun, box, 1.0) for noun, box in boxes.items()]
-    photo = Photo("test", 0, 112, "Path", (), (*things, Pasted("dog", "dog2", (0, 0, 10, 10), 1.0)))
-    assert list(photo.counts.items()) == [("dog", 2), ("cat", 1), ("cow", 1)]
+    photo = Photo("test", 0, 112, "Path", (), (*things, Pasted("dog", "dog2", (32, 0, 40, 10), 1.0)))
+    assert list(photo.counts.items()) == [("cat", 1), ("dog", 2), ("cow", 1)]
     assert [thing.noun for thing in photo.single_objects()] == ["cat", "cow"]

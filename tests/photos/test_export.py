@@ -103,6 +103,20 @@ def test_conversations_are_chat_messages_with_one_picture(folder, material, aske
         assert table[0]["messages"][0]["content"][1] == rows[0]["messages"][0]["content"][1]
 
 
+def test_questions_are_a_row_each_with_the_picture_they_are_about(folder, material, asker):
+    for split in ("validation", "test"):
+        expected = []
+        for index in range(SIZES[split]):
+            photo, _ = compose(material, split, index)
+            rng = random.Random(f"ask-0-{photo.name}")
+            if split == "validation":
+                asker.conversation(photo, rng)  # written before
+            for number, question in enumerate(asker.examination(photo, rng)):
+                row = {"id": f"{photo.name}-{number}", "image": f"{photo.name}.jpg", "question": question.text}
+                expected.append(row | {"family": question.family, "kind": question.kind, "answer": question.answer})
+        assert read(folder / "questions" / f"{split}.jsonl") == expected
+
+
 def test_nothing_is_overwritten_unasked(cutouts, backgrounds, tmp_path):
     sizes = {"train": 1, "validation": 0, "test": 0}
     folder = export_photos(tmp_path / "photos", cutouts, [backgrounds], sizes, side=SIDE)

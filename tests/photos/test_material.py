@@ -1,6 +1,7 @@
 """What the tables say, and what is found in folders by them."""
 
 import logging
+import random
 import shutil
 from importlib.resources import files
 
@@ -8,7 +9,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from mllm_vision.photos import SPLITS, Material
+from mllm_vision.photos import SPLITS, Asker, Material, compose
 from mllm_vision.photos.material import load_vocabulary
 from tests.photos.conftest import BACKGROUNDS, SIDE, names
 
@@ -78,8 +79,14 @@ def test_versions_of_a_background_stay_together(material):
 def test_links_previews_and_what_is_left_out_are_no_backgrounds(cutouts, backgrounds, tmp_path):
     shutil.copytree(backgrounds, tmp_path / "given")
     images = tmp_path / "given" / "Path" / "contents" / "images"
-    (images / "small.jpg").symlink_to("wide.jpg")
-    for name in ("Path/contents/screenshot.png", "Autumn/contents/images/wide.jpg", "pixels-l.webp"):
+    for link in ("small.jpg", "wider.jpg"):
+        (images / link).symlink_to("wide.jpg")
+    for name in (
+        "Path/contents/screenshot.png",
+        "Autumn/contents/images/wide.jpg",
+        "pixels-l.webp",
+        "usr/share/SafeLanding/wide.jpg",
+    ):
         path = tmp_path / "given" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (200, 200)).save(path)
@@ -125,7 +132,7 @@ def test_missing_folders_and_empty_ones_are_refused(cutouts, backgrounds, tmp_pa
     with pytest.raises(NotADirectoryError, match="nowhere is no folder"):
         Material(cutouts, [backgrounds, tmp_path / "nowhere"], SIDE)
     with pytest.raises(
-        ValueError, match=r"too few nouns \(0 in train, 0 in validation, 0 in test; 8 are needed\).*747"
+        ValueError, match=r"too few nouns \(0 in train, 0 in validation, 0 in test; 16 are needed\).*747"
     ):
         Material(tmp_path, [backgrounds], SIDE)
     with pytest.raises(ValueError, match="no background for train and validation and test among the 0"):
@@ -144,6 +151,26 @@ def test_what_is_missing_is_said_and_what_cannot_be_learnt_is_not_asked(cutouts,
     assert "dog" not in pools["test"]
     assert "apple" in pools["train"]
     assert "apple" not in pools["test"]
+
+
+def test_a_split_needs_enough_nouns_to_ask_for(cutouts, backgrounds, tmp_path):
+    pools = Material(cutouts, [backgrounds], SIDE).pools
+    for nouns, enough in ((16, True), (15, False)):
+        folder = tmp_path / str(nouns)
+        for noun in [noun for noun in pools["test"] if noun in pools["validation"]][:nouns]:
+            for name in (name for split in SPLITS for name in pools[split][noun]):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(cutouts / f"{name}.png", folder / f"{name}.png")
+        if enough:
+            material = Material(folder, [backgrounds], SIDE)
+            asker = Asker(material)
+            for index in range(50):
+                photo, _ = compose(material, "test", index)
+                assert len(asker.examination(photo, random.Random(index))) >= 5
+                assert asker.conversation(photo, random.Random(index))
+        else:
+            with pytest.raises(ValueError, match=r"too few nouns \(15 in train, 15 in validation, 15 in test; 16 are"):
+                Material(folder, [backgrounds], SIDE)
 
 
 def test_a_transparent_cutout_is_refused(cutouts, backgrounds, tmp_path):

@@ -17,6 +17,7 @@ from transformers import (
     Dinov2Config,
     Dinov2Model,
     Dinov2WithRegistersConfig,
+    Gemma2Config,
     GPT2Config,
     LlamaConfig,
     Phi3Config,
@@ -71,6 +72,9 @@ LANGUAGES = {
     "phi3": lambda n: Phi3Config(
         **TEXT, intermediate_size=64, num_key_value_heads=4, vocab_size=n, pad_token_id=0, tie_word_embeddings=False
     ),
+    "gemma2": lambda n: Gemma2Config(
+        **TEXT, intermediate_size=64, num_key_value_heads=2, head_dim=12, vocab_size=n, final_logit_softcapping=0.1
+    ),
 }
 EOS = "</s>"
 
@@ -113,7 +117,9 @@ def parts(tmp_path):
     return save
 
 
-PAIRS = [(tower, "llama") for tower in TOWERS] + [("dinov2", language) for language in LANGUAGES if language != "llama"]
+PAIRS = [(tower, "llama") for tower in TOWERS] + [
+    ("dinov2", language) for language in ("llama-tied", "qwen2-padded", "phi3")
+]
 
 
 @pytest.mark.parametrize(("tower", "language"), PAIRS)
@@ -153,7 +159,7 @@ def test_every_weight_is_that_of_its_source(parts, tmp_path, tower, language):
 
 
 @pytest.mark.parametrize("tower", ["clip", "whole-siglip", "dinov2"])
-@pytest.mark.parametrize("side", [56, 112])
+@pytest.mark.parametrize("side", [56, 84, 112])
 @torch.no_grad()
 def test_positions_for_another_side_are_those_the_tower_would_make_itself(parts, tower, side):
     seeing, speaking = parts(tower)
@@ -276,6 +282,12 @@ def test_what_cannot_be_is_refused_before_weights_are_read(parts, tmp_path, towe
     with pytest.raises(ValueError, match=message):
         assemble(*folders, tmp_path / "whole", **options)
     assert not (tmp_path / "whole").exists()
+
+
+def test_a_language_model_that_caps_its_logits_is_refused(parts):
+    seeing, speaking = parts("dinov2", "gemma2")
+    with pytest.raises(ValueError, match="the head of a gemma2 language model does more than the host's"):
+        assemble(seeing, speaking)
 
 
 def test_a_weight_that_is_missing_is_an_error(parts):

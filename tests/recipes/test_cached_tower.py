@@ -100,9 +100,10 @@ def test_the_cache_is_found_again_by_the_same_tower_alone(tmp_path, monkeypatch)
     passes = []
     stock = cache.tower_features
     monkeypatch.setattr(cache, "tower_features", lambda host, pixels: passes.append(len(pixels)) or stock(host, pixels))
-    model = frozen(CLIP)
+    model, training = frozen(CLIP), []
+    model.model.vision_tower.register_forward_pre_hook(lambda tower, args: training.append(tower.training))
     first = cached_rows(Rows(CLIP), model, tmp_path, batch_size=8)
-    assert passes == [3]
+    assert passes == [3] and training == [False] and model.model.vision_tower.training
     again = cached_rows(Rows(CLIP), model, tmp_path)
     assert passes == [3] and torch.equal(again[2]["pixel_values"], first[2]["pixel_values"])
     model.config.vision_feature_layer = -1
@@ -119,9 +120,9 @@ def test_a_killed_run_goes_on_behind_its_last_whole_batch(tmp_path):
     file = FeatureFile(tmp_path, shape)
     file.append(["a", "b"], kept[:2])
     with (tmp_path / "features.float16").open("ab") as features:
-        features.write(b"half")
+        features.write(kept[2:].half().numpy().tobytes() + b"half")
     with (tmp_path / "pictures.txt").open("a") as digests:
-        digests.write("c\nd")
+        digests.write("half")  # of a line
     again = FeatureFile(tmp_path, shape)
     assert again.numbers == {"a": 0, "b": 1}
     again.append(["c"], kept[2:])

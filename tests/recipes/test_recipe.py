@@ -68,7 +68,10 @@ def test_a_recipe_goes_on_from_its_base_whatever_becomes_of_the_tower():
         ("stages.tower.arguments.output_dir=x", "unknown key output_dir"),
         ("model.visoin.hidden_size=7", "unknown key 'visoin'; there are vision, text"),
         ("stages=3", "stages must be a list"),
-        ("stages.tower.objective=words", "objective must be one of patch_words, answers, conversations, got 'words'"),
+        (
+            "stages.tower.objective=words",
+            "objective must be one of patch_words, object_words, answers, conversations, got 'words'",
+        ),
         ("stages.tower.arguments.max_steps=0", "stages.tower.arguments needs max_steps of at least 1"),
         ("seed", "must look like key=value"),
         (

@@ -30,7 +30,8 @@ def plan(tmp_path_factory):
         "output": str(folder / "runs"),
         "task": "scenes:questions=6:families=colour/count",
         "seeds": [3, 4],
-        "arms": {"stock": ["methods=[]", *short], "added": [ADDED, *short]},
+        "arms": {"stock": ["methods=[]", *short], "added": [ADDED, *short], "pruned": ["methods=[]", *short]},
+        "plug": {"pruned": "random:keep=1/4"},
     }
     (folder / "toy.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
     return load_study(folder / "toy.yaml")
@@ -43,8 +44,8 @@ def record(plan):
 
 def test_each_arm_has_its_seeds_scores_and_difference(record):
     assert json.loads(json.dumps(record)) == record
-    stock, added = record["arms"].values()
-    assert list(record["arms"]) == ["stock", "added"]
+    stock, added, pruned = record["arms"].values()
+    assert list(record["arms"]) == ["stock", "added", "pruned"]
     assert len(stock["seeds"]) == len(added["seeds"]) == 2
     for arm in (stock, added):
         scores = arm["scores"]["mean of families"]["accuracy"]
@@ -58,6 +59,10 @@ def test_each_arm_has_its_seeds_scores_and_difference(record):
     assert [arm["visual_tokens"] for arm in (stock, added)] == [100, 102]
     assert all(added["flops"][step] > stock["flops"][step] for step in ("encode", "prefill", "first_token"))
     assert [arm["held_out"] for arm in (stock, added)] == [[{"projector": None, "language": None}] * 2] * 2
+    assert pruned["seconds"] == stock["seconds"], "arms with the same overrides share their runs"
+    assert [arm["plug"] for arm in (stock, added, pruned)] == [None, None, "random:keep=1/4"]
+    assert (pruned["visual_tokens"], pruned["parameters"]) == (25, stock["parameters"])
+    assert pruned["scores"] != stock["scores"]
     assert record["before"]["colour"]["accuracy"]["value"] > 0.5  # the trained checkpoint that both went on from
 
 
@@ -92,7 +97,7 @@ def test_a_study_goes_on_where_it_was(plan, record, monkeypatch):
     said = []
     again = run_study(plan, said.append)
     assert {**again, "environment": 0} == {**record, "environment": 0}
-    asked = [f"{arm}-{seed}" for arm in ("stock", "added") for seed in (3, 4)]
+    asked = [f"{arm}-{seed}" for arm in ("stock", "added", "stock") for seed in (3, 4)]
     assert said == [f"asking: {name}" for name in (*asked, "tiny-llava-scenes, before training")]
 
 
@@ -100,7 +105,12 @@ def test_the_table_names_every_arm(record):
     console = Console(width=120, file=io.StringIO())
     console.print(report(record))
     lines = console.file.getvalue().splitlines()
-    assert [line.split("  ")[0].strip() for line in lines if "(" in line] == ["before training", "stock", "added"]
+    assert [line.split("  ")[0].strip() for line in lines if "(" in line] == [
+        "before training",
+        "stock",
+        "added",
+        "pruned",
+    ]
 
 
 def test_studies_that_come_along_can_be_read():
@@ -113,7 +123,9 @@ def test_studies_that_come_along_can_be_read():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("arm: {}", "Study has no field arm; its fields are recipe, output, task, seeds, arms"),
+        ("arm: {}", "Study has no field arm; its fields are recipe, output, task, seeds, arms, plug"),
+        ("plug: {prune: random:keep=1/2}", "plug names no arm with prune; the arms are stock"),
+        ("plug: {stock: rendom:keep=1/2}", "unknown method 'rendom'"),
         ("seeds: [0, one]", r"seeds must be a list, each of type int, got \[0, 'one'\]"),
         ("seeds: []", "a study needs seeds and arms"),
         ("task: scene", "scenes"),

@@ -34,10 +34,9 @@ def _one_by_one(model, collator, rows):
 @pytest.mark.parametrize("methods", METHODS)
 @torch.no_grad()
 def test_a_batch_has_the_loss_of_its_rows(host, model, methods, tmp_path):
-    try:
-        mv.apply(model, *METHODS[methods])
-    except ValueError as error:
-        pytest.skip(f"not for this host: {error}")
+    if methods == "spatial tokens" and host.name == "llava-next":
+        pytest.skip("its tiles have fewer patches than there are spatial tokens to a side")
+    mv.apply(model, *METHODS[methods])
     collator, rows = ChatCollator(processor_of(host)), _rows(host, tmp_path)
     torch.testing.assert_close(_loss(model, collator, rows), _one_by_one(model, collator, rows))
     torch.testing.assert_close(_loss(model, collator, rows[::-1]), _loss(model, collator, rows))
@@ -107,10 +106,13 @@ def test_a_packed_row_sees_itself_and_what_is_ahead(tmp_path):
 @torch.no_grad()
 def test_packing_goes_with_bfloat16(tmp_path):
     host = HOSTS[0]
-    model, batch = host.model().bfloat16(), ChatCollator(processor_of(host), pack=True)(_rows(host, tmp_path))
+    model, rows = host.model().bfloat16(), _rows(host, tmp_path)
+    batch = ChatCollator(processor_of(host), pack=True, dtype=torch.bfloat16)(rows)
+    assert batch["attention_mask"].dtype == torch.bfloat16
     del batch["row_ids"]
     batch["pixel_values"] = batch["pixel_values"].bfloat16()
-    assert model(**batch).loss.isfinite()
+    alone = _one_by_one(host.model(), ChatCollator(processor_of(host)), rows)
+    torch.testing.assert_close(model(**batch).loss.float(), alone, rtol=1e-2, atol=0)  # of 8 bits
 
 
 @torch.no_grad()
@@ -134,7 +136,7 @@ def test_a_blank_picture_reaches_every_module_and_changes_nothing(host, pack, tm
     gradients = []
     for blank in (False, True):
         model = host.model().double()
-        batch = ChatCollator(processor, pack=pack, blank_image=blank)(text)
+        batch = ChatCollator(processor, pack=pack, blank_image=blank, dtype=torch.float64)(text)
         del batch["row_ids"]
         batch |= {name: value.double() for name, value in batch.items() if name == "pixel_values"}
         loss = model(**batch).loss
