@@ -2,10 +2,17 @@
 
 import json
 import re
+import shlex
 from functools import partial
 from pathlib import Path
 
+import datasets
 import pytest
+import torch
+from typer.testing import CliRunner
+
+import mllm_vision as mv
+from mllm_vision.cli import app
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -18,6 +25,33 @@ def test_python_blocks_run(tmp_path, monkeypatch, capsys):
     assert names["answer"].strip()
     assert len(names["again"].vision_slots.methods) == 1
     assert "(10, 10)" in capsys.readouterr().out
+
+
+def test_the_block_of_training_runs(tmp_path, monkeypatch):
+    """Its commands as they stand, with fewer pictures, steps and questions."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    section = README.read_text(encoding="utf-8").partition("## Train\n")[2]
+    block = section.partition("```bash\n")[2].partition("```")[0]
+    for large, small in {
+        "--n 2000": "--n 16",
+        "tiny_conversations.yaml": "tiny_conversations.yaml stages.projector.arguments.max_steps=2",
+        "questions=100": "questions=2",
+    }.items():
+        assert large in block
+        block = block.replace(large, small)
+    printed = []
+    for line in block.splitlines():
+        program, *arguments = shlex.split(line, comments=True)
+        assert program == "mllm-vision"
+        done = CliRunner().invoke(app, arguments)
+        assert done.exit_code == 0, f"{line}\n{done.output}"
+        printed.append(done.output)
+    assert "colour" in printed[-1]
+    model, _ = mv.load("runs/merged")
+    start, _ = mv.load("tiny-llava-scenes")
+    differ = [not torch.equal(new, old) for new, old in zip(model.parameters(), start.parameters(), strict=True)]
+    assert any(differ) and not all(differ)
 
 
 RESULTS = README.parent / "eval" / "results"

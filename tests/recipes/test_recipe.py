@@ -1,5 +1,8 @@
 """Recipes are read strictly: what is misspelt is named, with what would have been right."""
 
+import math
+import re
+
 import pytest
 import yaml
 from typer.testing import CliRunner
@@ -11,15 +14,27 @@ from mllm_vision.recipes.recipe import RECIPES, load_recipe, recipe_names, recip
 from mllm_vision.recipes.stages import ConversationsStage
 from mllm_vision.recipes.uhd_tower import UHDTowerSpec
 
+BATCH = re.compile(r"^# Batch +(\d+) = (\d+) rows x (\d+) accumulated x (\d+) GPU", re.MULTILINE)
 
-def test_every_recipe_of_the_library_loads_and_explains_itself():
-    assert "tiny_llava_scenes" in recipe_names()
-    for name in recipe_names():
-        recipe = load_recipe(name)
-        assert recipe.stages
-        manual = (RECIPES / f"{name}.yaml").read_text().split("\noutput:")[0]
-        assert f"mllm-vision train {name}" in manual
-        assert "Hardware" in manual
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_of_the_library_loads_and_explains_itself(name):
+    manual = (RECIPES / f"{name}.yaml").read_text().split("\noutput:")[0]
+    title = recipe_title(name)
+    assert title.endswith(".") and ". " not in title, "the title must be one sentence"
+    heads = re.findall(r"^# ([A-Z]\w+)  *\S", manual.partition("\n#\n")[2], re.MULTILINE)
+    stages = load_recipe(name).stages
+    reads = any(isinstance(stage, ConversationsStage) for stage in stages)
+    for head in ("Command", "Continue", "Hardware", "Cost", *["Data"] * reads):
+        assert head in heads, f"the header must have a line {head}"
+    assert {"Makes", "Reproduces"} & set(heads), "the header must say what it Makes or Reproduces"
+    assert f"mllm-vision train {name}" in manual
+    if "-m mllm_vision train" in manual:
+        assert f"-m mllm_vision train {name}" in manual
+        batch, *factors = map(int, BATCH.search(manual).groups())
+        arguments = stages[-1].arguments
+        assert factors[:2] == [arguments["per_device_train_batch_size"], arguments["gradient_accumulation_steps"]]
+        assert batch == math.prod(factors)
 
 
 def test_overrides_reach_a_stage_by_its_name():

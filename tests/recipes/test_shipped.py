@@ -10,6 +10,7 @@ import datasets
 import pytest
 import torch
 import yaml
+from peft import PeftModel
 from transformers import (
     AutoModelForCausalLM,
     CLIPImageProcessorPil,
@@ -20,21 +21,25 @@ from transformers import (
     LlamaConfig,
 )
 
+import mllm_vision as mv
+from mllm_vision.host import adapter_for, inside
 from mllm_vision.photos.export import export_photos
 from mllm_vision.recipes import train as train_module
 from mllm_vision.recipes.assembly import AssemblySpec
+from mllm_vision.recipes.lora import linear_layers
 from mllm_vision.recipes.recipe import load_recipe, recipe_names
 from mllm_vision.recipes.stages import AnswersStage, ConversationsStage, ObjectWordsStage, PatchWordsStage
 from mllm_vision.recipes.tiny_model import NewModelSpec, build_tokenizer
 from mllm_vision.recipes.uhd_tower import UHDTowerSpec
+from mllm_vision.slotted import SlottedModel
 from tests.hosts import picture
 from tests.photos.conftest import draw_backgrounds, draw_cutouts
 
 SIDE = 84
 TOWER = {"hidden_size": 16, "num_attention_heads": 2, "patch_size": 14, "image_size": SIDE}
 CHATML = (
-    "{% for message in messages %}{{ '[' + message['role'] + '] ' + message['content'] + eos_token }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '[assistant] ' }}{% endif %}"
+    "{% for message in messages %}{{ '[' + message['role'] + ']' + message['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
 )
 
 
@@ -91,8 +96,8 @@ class Toy:
         """Of the recipe of a name: all that its size hangs on, and where it reads and writes."""
         plan = load_recipe(name)
         shrunk = {"output": str(self.root / name), "task": None, "model": self.beginning(name, plan)}
-        if isinstance(plan.model, UHDTowerSpec):
-            shrunk["side"] = plan.model.patch_size * 2 ** len(plan.model.merger_layers) * 2
+        if isinstance(plan.model, UHDTowerSpec) and plan.model.base != "tiny-llava-scenes":
+            shrunk["side"] = plan.model.patch_size * 2 ** len(plan.model.merger_layers) * 4
         for stage in plan.stages:
             at = f"stages.{stage.name}"
             arguments = f"{at}.arguments"
@@ -117,7 +122,7 @@ class Toy:
             elif isinstance(stage, ObjectWordsStage):
                 shrunk |= {f"{at}.photos": str(self.photos()), f"{arguments}.eval_strategy": "no"}
             elif isinstance(stage, AnswersStage):
-                shrunk |= {f"{at}.turns": {"colour": 2}, f"{arguments}.eval_strategy": "no"}
+                shrunk |= {f"{at}.turns": {"caption": 1, "colour": 1}, f"{arguments}.eval_strategy": "no"}
             elif isinstance(stage, PatchWordsStage):
                 shrunk[f"{arguments}.eval_strategy"] = "no"
             else:
@@ -182,7 +187,64 @@ class Toy:
     def _photos(self):
         cutouts, backgrounds = draw_cutouts(self.root / "cutouts"), draw_backgrounds(self.root / "backgrounds")
         sizes = {"train": 6, "validation": 2, "test": 2}
-        return export_photos(self.root / "photos", cutouts, [backgrounds], sizes, side=SIDE)
+        return export_photos(self.root / "photos", cutouts, [backgrounds], sizes, side=112)
 
     def _trained(self, name):
         return train_module.train(name, self.overrides(name))
+
+
+def plugged(model):
+    return model.vision_slots.methods if isinstance(model, SlottedModel) else []
+
+
+@torch.no_grad()
+def weights(folder):
+    """Of a finished stage in float32, by name: LoRA merged, of a quantised base what it was quantised from."""
+    model, _ = mv.load(folder, dtype=torch.float32)
+    return (model.merge_and_unload() if isinstance(model, PeftModel) else model).state_dict()
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_trains_what_it_says_and_nothing_else(toy, name):
+    final = toy.trained(name)
+    plan = load_recipe(name, [*toy.overrides(name), "quantize=null"])
+    source = plan.model if isinstance(plan.model, str) else toy.root / name / "base"
+    for stage in plan.stages:
+        result = toy.root / name / stage.name
+        record = json.loads((result / "stage.json").read_text())
+        assert (record["steps"], record["skipped"]) == (3, 0)
+        model, _ = train_module._load(plan, source)
+        adapter, after = adapter_for(model.config), weights(result)
+        changed = {key for key, value in model.named_parameters() if not torch.equal(value.float(), after[key])}
+        adapted = set()
+        if stage.lora is not None:
+            adapted = {f"{layer}.weight" for part in stage.lora.parts for layer in linear_layers(model, part)}
+            assert adapted
+        assert adapted <= changed
+        rest = changed - adapted
+        for asked in (*stage.trains, *["vision_slots"] * any(method.needs_weights for method in plugged(model))):
+            learnt = {key for key in rest if adapter.part_of(key) == asked or inside(key, asked)}
+            assert learnt, f"{asked} has not learnt"
+            rest -= {key for key in learnt if asked == "vision_slots" or not inside(key, "vision_slots")}
+        assert rest == set(), "frozen weights have changed"
+        source = result
+    model, processor = mv.load(final)
+    question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is there?"}]}]
+    prompt = processor.apply_chat_template(question, add_generation_prompt=True)
+    inputs = processor(images=[picture(0, 120, 90)], text=[prompt], return_tensors="pt").to(dtype=model.dtype)
+    assert model.generate(**inputs, max_new_tokens=3, min_new_tokens=3).shape[1] == inputs["input_ids"].shape[1] + 3
+
+
+def test_a_quantised_recipe_has_its_language_model_in_4_bits_and_nothing_else(toy):
+    (name,) = (name for name in recipe_names() if load_recipe(name).quantize is not None)
+    plan = load_recipe(name, toy.overrides(name))
+    assert plan.quantize == "nf4"
+    model, _ = train_module._load(plan, plan.model)
+    layers = {
+        key: type(module).__name__ for key, module in model.named_modules() if isinstance(module, torch.nn.Linear)
+    }
+    expected = set(linear_layers(model, "language"))
+    assert {key for key, kind in layers.items() if kind == "Linear4bit"} == expected != set()
+    assert {module.compute_dtype for module in model.modules() if type(module).__name__ == "Linear4bit"} == {
+        torch.bfloat16
+    }
