@@ -21,9 +21,9 @@ OBJECT_DEPTH = 9 / 24
 
 TOWERS_HAVE_CLS = {"clip_vision_model": True, "siglip_vision_model": False, "dinov2": True}
 CLS_GOES_THROUGH = "the CLS token goes through it, too; set vision_feature_select_strategy to 'default'"
-TOWER_LAYERS = ("encoder.layers", "layers")
+TOWER_LAYERS = ("encoder.layers", "encoder.layer", "layers")
 """What the towers call the list of their layers."""
-BEHIND_LAYERS = ("post_layernorm", "head")
+BEHIND_LAYERS = ("post_layernorm", "layernorm", "head")
 """What makes something of a tower's last layer that the host, which takes hidden states, never asks for."""
 PACKING_TOWER = "vit_uhd"
 """Sees images of any size as one pack of patches (L, 3, p, p); the others see tiles of one size (B, 3, H, W)."""

@@ -42,8 +42,11 @@ def expected_layers(host, part):
         return {f"model.{name}" if qwen else f"model.multi_modal_projector.{name}" for name in names}
     if qwen:
         return {f"model.visual.blocks.{i}.{piece}" for i in range(6) for piece in QWEN_TOWER}
-    layers = "layers" if host.name == "llava-vit-uhd" else "encoder.layers"
-    pieces = [f"{'mlp' if n.startswith('fc') else 'self_attn'}.{n}" for n in TOWER]
+    layers = {"llava-vit-uhd": "layers", "llava-dinov2": "encoder.layer"}.get(host.name, "encoder.layers")
+    attention = "attention" if host.name == "llava-dinov2" else "self_attn"
+    pieces = [f"{'mlp' if n.startswith('fc') else attention}.{n}" for n in TOWER]
+    if host.name == "llava-dinov2":
+        pieces = [piece.replace("out_proj", "o_proj") for piece in pieces]
     used = USED_LAYERS.get(host.name, 7)
     merger = {"model.vision_tower.layers.3.merger.hidden", "model.vision_tower.layers.3.merger.score"}
     names = {f"model.vision_tower.{layers}.{i}.{piece}" for i in range(used) for piece in pieces}
