@@ -99,6 +99,8 @@ def training_arguments(plan: Recipe, stage: Stage) -> TrainingArguments:
             "disable_tqdm": False,
             "run_name": f"{Path(plan.output).name}-{stage.name}",
             "dataloader_pin_memory": torch.cuda.is_available(),
+            # Unasked, accelerate takes no notice of `torchrun` where there are processors alone.
+            "use_cpu": not torch.accelerator.is_available(),
             **stage.arguments,
         },
         output_dir=str(_checkpoints(Path(plan.output) / stage.name)),
