@@ -119,7 +119,9 @@ class RecipeTrainer(Trainer):
             return
         # transformers 5 renames keys on saving, and the stock Trainer compares the saved names with the live ones: it
         # would find nothing of the model, warn, and go on with the weights the run began with.
-        saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
+        held = {parameter.dtype for parameter in self.model.parameters() if parameter.is_floating_point()}
+        dtype = held.pop() if len(held) == 1 else torch.float32  # frozen weights in half, trained ones in full
+        saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=dtype)
         self.model.load_state_dict(saved.state_dict())
 
 

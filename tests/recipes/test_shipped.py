@@ -34,6 +34,7 @@ from mllm_vision.recipes.uhd_tower import UHDTowerSpec
 from mllm_vision.slotted import SlottedModel
 from tests.hosts import picture
 from tests.photos.conftest import draw_backgrounds, draw_cutouts
+from tests.recipes.test_train import train_and_kill
 
 SIDE = 84
 TOWER = {"hidden_size": 16, "num_attention_heads": 2, "patch_size": 14, "image_size": SIDE}
@@ -248,3 +249,14 @@ def test_a_quantised_recipe_has_its_language_model_in_4_bits_and_nothing_else(to
     assert {module.compute_dtype for module in model.modules() if type(module).__name__ == "Linear4bit"} == {
         torch.bfloat16
     }
+
+
+def test_weights_trained_in_mixed_precision_resume_as_they_were(toy, tmp_path, monkeypatch):
+    toy.trained("llava_pretrain")
+    run = [*toy.overrides("llava_pretrain"), f"output={tmp_path / 'run'}"]
+    run += [f"stages.projector.arguments.{field}" for field in ("save_strategy=steps", "save_steps=1")]
+    train_and_kill(monkeypatch, "llava_pretrain", "conversations", 2, *run)
+    train_module.train("llava_pretrain", run)
+    unbroken, resumed = weights(toy.root / "llava_pretrain" / "projector"), weights(tmp_path / "run" / "projector")
+    assert all(torch.equal(resumed[key], value) for key, value in unbroken.items())
+    assert not all(torch.equal(value, value.bfloat16().float()) for value in unbroken.values())
