@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 BASE_FILE = "mllm_vision_base.json"
+ASSEMBLED = "assemble:"
+"""How a base is named that is in no folder: by what it is assembled of, see `mllm_vision.recipes.assembly`."""
 VERSION = 1
 """Version of `BASE_FILE`."""
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
@@ -20,6 +20,9 @@ from mllm_vision.registry import MethodConfig
 from mllm_vision.slots import Slots, replacing, restored, stored
 from mllm_vision.slotted import SlottedModel, require_weights, slotted_model, spare_slots
 from mllm_vision.tokens import Roles
+
+if TYPE_CHECKING:
+    from mllm_vision.adapter_folder import Base
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -46,7 +49,7 @@ def load(
             is not to be had or of another kind; no weight is read then. Or a base that is not the adapter's.
         RuntimeError: the checkpoint lacks weights.
     """
-    from mllm_vision.adapter_folder import Base, adapter_folder, attach
+    from mllm_vision.adapter_folder import ASSEMBLED, Base, adapter_folder, attach
 
     source = source_of(name_or_path)
     hub = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if k in kwargs}
@@ -58,13 +61,37 @@ def load(
             hub.pop(name, None), kwargs.pop(name, None)
     elif base is not None:
         raise ValueError(f"a base belongs to an adapter, and {source} is none")
+    if str(source).startswith(ASSEMBLED):
+        from mllm_vision.recipes.assembly import assembled
+
+        model, processor = assembled(str(source), **kwargs)
+    else:
+        model, processor = _read(source, methods, trained_on, hub, kwargs)
+    if methods:
+        _apply(model, methods, trained=folder is not None)
+    return (model if folder is None else attach(model, folder)), processor
+
+
+def _read(
+    source: str | Path,
+    methods: Sequence[MethodConfig],
+    trained_on: Base | None,
+    hub: dict[str, Any],
+    kwargs: dict[str, Any],
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """The model of a checkpoint, all of whose weights are there, and its processor.
+
+    Args:
+        methods: What it is to take, and what its config is checked for before a weight is read.
+        trained_on: What the adapter asks for that is to be attached, if one is.
+    """
     try:
         config = kwargs.pop("config", None) or AutoConfig.from_pretrained(source, **hub)
     except OSError as error:
         if trained_on is None:
             raise
         raise ValueError(
-            f"{name_or_path} was trained on {source}, which is not to be had; say with base= where it is"
+            f"the adapter was trained on {source}, which is not to be had; say with base= where it is"
         ) from error
     adapter = adapter_for(config)
     with torch.device("meta"):
@@ -74,9 +101,7 @@ def load(
     processor = adapter.load_processor(source, **hub)
     model, info = AutoModelForImageTextToText.from_pretrained(source, config=config, output_loading_info=True, **kwargs)
     require_weights(info)
-    if methods:
-        _apply(model, methods, trained=folder is not None)
-    return (model if folder is None else attach(model, folder)), processor
+    return model, processor
 
 
 def source_of(name_or_path: str | Path) -> str | Path:

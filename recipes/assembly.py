@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,12 +26,13 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from mllm_vision.adapter_folder import ASSEMBLED
 from mllm_vision.convert import check_empty, whole_folder
 from mllm_vision.host import adapter_for
 from mllm_vision.prompts import IMAGE_MARK
 from mllm_vision.recipes.real_parts import Language, Tower, find_language, find_tower
 from mllm_vision.recipes.tiny_model import CHAT_TEMPLATE
-from mllm_vision.settings import Settings
+from mllm_vision.settings import Settings, parse_spec, spec
 from mllm_vision.towers import ViTUHDProcessor
 
 PAD = "<pad>"
@@ -44,6 +46,29 @@ class AssemblySpec(Settings):
     language: str
     side: int | None = None
     feature_layer: int = -2
+
+    @property
+    def line(self) -> str:
+        """What an adapter calls this model as its base, for `assembled`."""
+        return ASSEMBLED + spec(self.tower, {k: v for k, v in vars(self).items() if k != "tower"})
+
+
+def assembled(line: str, **options: Any) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """The model that `AssemblySpec.line` names.
+
+    Args:
+        options: As for `from_pretrained`, of which an assembled model takes ``dtype`` alone.
+
+    Raises:
+        ValueError: another option.
+    """
+    tower, settings = parse_spec(line.removeprefix(ASSEMBLED))
+    if others := sorted(set(options) - {"dtype"}):
+        raise ValueError(
+            f"the base is assembled of {tower} and {settings['language']}, which takes no "
+            f"{', '.join(others)}; assemble it into a folder, and load with base= that folder"
+        )
+    return assemble(**vars(AssemblySpec(tower=tower, **settings)), **options)
 
 
 WITH_IMAGES = (

@@ -80,7 +80,7 @@ def train(recipe: str | Path, overrides: Sequence[str] = ()) -> Path:
     for stage in plan.stages:
         done = output / stage.name
         if not done.is_dir():
-            base = stages[-1] if stages and not _retrains_all(plan, stage) else source
+            base = stages[-1] if stages and not _retrains_all(plan, stage) else _named(plan, source)
             _run_stage(plan, stage, stages[-1] if stages else source, arguments[stage.name], done, str(base))
             gc.collect()  # a trainer and its model hold each other; the next stage needs their memory
         stages.append(done)
@@ -274,6 +274,11 @@ def _train_only(model: PreTrainedModel, names: Sequence[str]) -> None:
         asked = adapter.part_of(name) in names or any(inside(name, other) for other in (*names, "vision_slots"))
         learns = asked and not any(inside(name, other) for other in idle)
         parameter.requires_grad_(learns and parameter.is_floating_point())
+
+
+def _named(plan: Recipe, source: str | Path) -> str | Path:
+    """What an adapter calls the model that the run began with: an assembled one can be made again anywhere."""
+    return plan.model.line if isinstance(plan.model, AssemblySpec) else source
 
 
 def _retrains_all(plan: Recipe, stage: Stage) -> bool:

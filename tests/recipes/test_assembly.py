@@ -32,8 +32,10 @@ from transformers import (
 from typer.testing import CliRunner
 
 import mllm_vision as mv
+from mllm_vision.adapter_folder import save_adapter
 from mllm_vision.cli import app
-from mllm_vision.recipes.assembly import assemble, resample_positions
+from mllm_vision.recipes.assembly import AssemblySpec, assemble, resample_positions
+from mllm_vision.recipes.lora import LoraSpec, with_lora
 from mllm_vision.towers import ViTUHDConfig, ViTUHDImageProcessor, ViTUHDModel
 from tests.hosts import picture
 
@@ -312,3 +314,17 @@ def test_the_command(parts, tmp_path):
     assert (model.config.vision_feature_layer, model.config.vision_config.image_size) == (-1, 56)
     assert "is not empty" in CliRunner().invoke(app, asked).output
     assert CliRunner().invoke(app, [*asked, "--overwrite"]).exit_code == 0
+
+
+def test_an_adapter_names_what_its_base_is_assembled_of_and_loads_it_anew(parts, tmp_path):
+    asked = AssemblySpec(tower=str(parts / "dinov2"), language=str(parts / "llama-tied"), side=56)
+    torch.manual_seed(1)
+    model, processor = assemble(**vars(asked))
+    adapted = with_lora(model, LoraSpec(r=2, alpha=4, options={"init_lora_weights": False}), ["projector"])
+    save_adapter(adapted, tmp_path / "adapter", asked.line)
+    loaded, _ = mv.load(tmp_path / "adapter", dtype=torch.float32)
+    inputs = processor(images=[picture(0)], text=["<image> what?"], return_tensors="pt")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**inputs).logits, adapted.eval()(**inputs).logits)
+    with pytest.raises(ValueError, match="takes no device_map; assemble it into a folder, and load with base="):
+        mv.load(tmp_path / "adapter", device_map="auto")
