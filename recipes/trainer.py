@@ -15,10 +15,12 @@ from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import is_optimizer_factory
 
+from mllm_vision.api import find_host
 from mllm_vision.eval.evaluation import evaluate
 from mllm_vision.eval.task import Task
+from mllm_vision.host import PARTS, without_peft
 from mllm_vision.recipes.data import ModalityLengthSampler
-from mllm_vision.recipes.parameters import parameter_groups
+from mllm_vision.recipes.parameters import parameter_groups, transformer_layers
 from mllm_vision.recipes.stages import Stage
 
 
@@ -35,6 +37,13 @@ def steps_of(trainer: Trainer) -> int:
     return math.ceil(arguments.num_train_epochs * math.ceil(len(trainer.train_dataset) / rows_a_step(arguments)))
 
 
+def layer_classes(model: nn.Module) -> list[str]:
+    """Names of the classes of the transformer layers of a host, tower and language model, wrapped by PEFT or not."""
+    host = find_host(model)
+    layers = {name for part in PARTS for name in transformer_layers(host, part)}
+    return sorted({type(module).__name__ for name, module in host.named_modules() if without_peft(name) in layers})
+
+
 class RecipeTrainer(Trainer):
     """A Trainer of one stage.
 
@@ -49,6 +58,10 @@ class RecipeTrainer(Trainer):
         if sampler is not None:
             self.add_callback(EpochsOf(sampler))
         self._row_ids: list[str] = []
+        if self.is_fsdp_enabled:
+            plugin = self.accelerator.state.fsdp_plugin
+            # Unasked, accelerate looks for what the tower's class names, text layers among it, and finds no such layer.
+            plugin.transformer_cls_names_to_wrap = plugin.transformer_cls_names_to_wrap or layer_classes(self.model)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None and (self.stage.learning_rates or self.stage.layer_decay):

@@ -317,7 +317,8 @@ def test_the_command(parts, tmp_path):
 
 
 def test_an_adapter_names_what_its_base_is_assembled_of_and_loads_it_anew(parts, tmp_path):
-    asked = AssemblySpec(tower=str(parts / "dinov2"), language=str(parts / "llama-tied"), side=56)
+    tower, language = parts("dinov2", "llama-tied")
+    asked = AssemblySpec(tower=str(tower), language=str(language), side=56)
     torch.manual_seed(1)
     model, processor = assemble(**vars(asked))
     adapted = with_lora(model, LoraSpec(r=2, alpha=4, options={"init_lora_weights": False}), ["projector"])

@@ -1,0 +1,100 @@
+"""A toy recipe of two stages on a toy mixture of rows, and what a run of it has left."""
+
+import json
+import os
+import signal
+
+import yaml
+from safetensors.torch import load_file
+
+from mllm_vision.recipes.trainer import RecipeTrainer
+from mllm_vision.scenes.export import export_conversations
+
+_ARGUMENTS = {
+    "max_steps": 4,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 0.01,
+    "logging_steps": 3,
+    "save_steps": 2,
+    "disable_tqdm": True,
+}
+SPATIAL = {"type": "spatial_tokens", "variant": "cropping", "channels": 8}
+
+
+def write_recipe(folder, **changed):
+    """A recipe: all of a small new model, then its projector and LoRA with dropout; one row in three is text alone."""
+    export_conversations(folder / "scenes", "train", 9, side=70)
+    rows = json.loads((folder / "scenes" / "conversations.json").read_text())
+    for i, row in enumerate(rows):
+        row["conversations"] = row["conversations"][: 2 + 2 * (i % 2)]
+        if i % 3 == 0:
+            del row["image"]
+            row["conversations"][0]["value"] = f"is {i} a number?"
+    (folder / "scenes" / "mixed.json").write_text(json.dumps(rows))
+    source = {"format": "conversations", "images": str(folder / "scenes" / "images")}
+    data = [
+        {**source, "path": str(folder / "scenes" / "mixed.json"), "weight": 1.5},
+        {**source, "path": str(folder / "scenes" / "conversations.json"), "limit": 4},
+    ]
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    stage = {"objective": "conversations", "data": data, "arguments": _ARGUMENTS}
+    lora = {"target": "language", "r": 4, "alpha": 8, "dropout": 0.1}
+    recipe = {
+        "output": "nowhere",
+        "seed": 0,
+        "side": 70,
+        "model": {
+            "vision": {**sizes, "image_size": 70, "patch_size": 14, "num_hidden_layers": 3},
+            "text": {**sizes, "tie_word_embeddings": False, "max_position_embeddings": 1024, "attention_dropout": 0.1},
+        },
+        "stages": [
+            {**stage, "name": "all", "trains": ["tower", "projector", "language"], "group_by_modality": True},
+            {**stage, "name": "lora", "trains": ["projector"], "lora": lora},
+        ],
+        **changed,
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def in_stages(*settings):
+    """Overrides of the arguments of both stages."""
+    return [f"stages.{stage}.arguments.{setting}" for stage in ("all", "lora") for setting in settings]
+
+
+def logged(output):
+    """All lines of the logs of a run, by stage, without the times."""
+    return {
+        path.name: [
+            {key: value for key, value in json.loads(line).items() if "runtime" not in key and "per_second" not in key}
+            for line in path.read_text().splitlines()
+            if "train_runtime" not in line
+        ]
+        for path in output.glob("*.log.jsonl")
+    }
+
+
+def saved(folder):
+    """The weights in a folder."""
+    return {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
+
+
+def kill_while_saving(rank):
+    """Have this process killed when it has written the weights of its second checkpoint, and nothing else of it."""
+    _kill_where(RecipeTrainer, "_save_optimizer_and_scheduler", lambda trainer: trainer.state.global_step == 4)
+
+
+def _kill_where(owner, name, now):
+    original = getattr(owner, name)
+
+    def watched(self, *args, **kwargs):
+        if now(self):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, *args, **kwargs)
+
+    setattr(owner, name, watched)
+
+
+def kill_after_three_steps(rank):
+    _kill_where(RecipeTrainer, "training_step", lambda trainer: trainer.state.global_step == 3)
