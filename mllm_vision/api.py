@@ -52,7 +52,9 @@ def load(
     from mllm_vision.adapter_folder import ASSEMBLED, Base, adapter_folder, attach
 
     source = source_of(name_or_path)
-    hub = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if k in kwargs}
+    hub: dict[str, Any] = {
+        k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if k in kwargs
+    }
     folder, trained_on = adapter_folder(source, **hub), None
     if folder is not None:
         trained_on = Base.read(folder)

@@ -113,6 +113,9 @@ class ObjectWords(nn.Module):
         nouns: K words, the first for the background.
     """
 
+    words: Tensor  # (K, D)
+    weight: Tensor  # (K,)
+
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, nouns: Sequence[str]):
         super().__init__()
         self.model = model

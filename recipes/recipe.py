@@ -221,7 +221,8 @@ def _built(kind: type[Settings], raw: Any, where: str) -> Any:
 def _value(hint: Any, value: Any, where: str) -> Any:
     """A value, or the settings that a mapping stands for where a field holds settings."""
     if get_origin(hint) is list and isinstance(value, list):
-        return [_value(*get_args(hint), item, where) for item in value]
+        (each,) = get_args(hint)
+        return [_value(each, item, where) for item in value]
     if hint is Stage:
         return _stage(value)
     kinds = [kind for kind in (get_args(hint) or (hint,)) if isinstance(kind, type) and issubclass(kind, Settings)]

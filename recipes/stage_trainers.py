@@ -16,7 +16,7 @@ from mllm_vision.eval.tasks.scenes import Scenes
 from mllm_vision.host import adapter_for, without_peft
 from mllm_vision.recipes import object_words
 from mllm_vision.recipes.cached_tower import cached_rows
-from mllm_vision.recipes.data import ChatCollator, ModalityLengthSampler, RowEncoder, training_rows
+from mllm_vision.recipes.data import ChatCollator, ModalityLengthSampler, RowEncoder, TrainingRows, training_rows
 from mllm_vision.recipes.object_words import ObjectWords, PhotoPatches, nouns_of, photo_patch_batch
 from mllm_vision.recipes.objectives import (
     HITS,
@@ -137,7 +137,7 @@ def _(
     rows = training_rows(stage.data, processor, **options)
     held_out = training_rows(stage.validation, processor, **options) if stage.validation else None
     sampler = None
-    if stage.group_by_modality:
+    if stage.group_by_modality and isinstance(rows, TrainingRows):
         sampler = ModalityLengthSampler(
             rows, arguments.train_batch_size, processes=arguments.world_size, seed=plan.seed
         )

@@ -52,6 +52,8 @@ class RecipeTrainer(Trainer):
         sampler: The order of the training rows, None for the Trainer's own.
     """
 
+    optimizer: torch.optim.Optimizer | None
+
     def __init__(self, *args: Any, stage: Stage, sampler: ModalityLengthSampler | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.stage, self.sampler = stage, sampler
