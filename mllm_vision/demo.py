@@ -1,5 +1,7 @@
 """The demo: one small trained model, held-out questions, and what each reducer costs and answers.
 
+The questions are about drawn scenes, or about photographs composed of real cut-outs.
+
 Every method gets the same questions. Times are medians over single pictures, taken in turns so that whatever else the
 machine does hits all methods alike. Encode is images to image tokens; prefill the language model's first pass over the
 fitted prompt, up to the first new token; decode each further token. The cache is on.
@@ -11,8 +13,9 @@ import json
 import random
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from itertools import count, islice
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +28,11 @@ import mllm_vision as mv
 from mllm_vision.eval.answers import answer, inputs_for, prompt_for
 from mllm_vision.eval.environment import environment
 from mllm_vision.eval.measurement import Clock, Steps, measure_steps
-from mllm_vision.eval.tasks.scenes import Scenes
+from mllm_vision.eval.tasks.photos import Photos
 from mllm_vision.pictures import SheetCell, SheetRow, contact_sheet, draw_kept, tile_pictures
 from mllm_vision.reducers import CLSTopKConfig, DownsampleConfig, HiPruneConfig, PoolConfig, RandomConfig
 from mllm_vision.registry import MethodConfig
-from mllm_vision.scenes import FAMILIES, Question, Scene, render, sample_scene
+from mllm_vision.scenes import FAMILIES, render, sample_scene
 
 MODEL = "tiny-llava-scenes"
 SPLIT, SEED = "test", 0
@@ -45,13 +48,32 @@ METHODS: dict[str, list[MethodConfig]] = {
 }
 
 RESULTS, SHEET, PICTURES = "demo.json", "demo.png", "kept"
-PICTURED = ("existence", "count", "colour", "reading")
+PICTURED = ("existence", "count", "colour", "reading", "position")
 """Families of which a question is drawn."""
 
-WARMUPS, DECODED = 2, 8
+WARMUPS, DECODED, ANSWERED = 2, 8, 8
 BATCH = 32
 
-Asked = tuple[Scene, Question]
+
+@dataclass(frozen=True)
+class Asked:
+    """One question.
+
+    Args:
+        image: Name of its picture; questions about one picture share it.
+        text, answer, family: As the data have them.
+        picture: Loads or draws it.
+    """
+
+    image: str
+    text: str
+    answer: str
+    family: str
+    picture: Callable[[], Image.Image] = field(compare=False, repr=False)
+
+    def record(self) -> dict[str, str]:
+        """All but the picture."""
+        return {name: value for name, value in vars(self).items() if name != "picture"}
 
 
 @dataclass
@@ -83,6 +105,7 @@ def run_demo(
     out: str | Path,
     *,
     model: str | Path = MODEL,
+    photos: str | Path | None = None,
     n: int = 96,
     rounds: int = 12,
     overwrite: bool = False,
@@ -92,7 +115,8 @@ def run_demo(
 
     Args:
         out: A folder.
-        model: A checkpoint trained on drawn scenes, as for `mv.load`.
+        model: A checkpoint trained on drawn scenes or on composed photographs, as for `mv.load`.
+        photos: Folder that `mllm-vision photos` wrote, to ask about its test photographs; None asks about scenes.
         n: Number of questions.
         rounds: Measurements that a time is the median of.
         overwrite: Whether to write into a folder that has something in it.
@@ -100,33 +124,43 @@ def run_demo(
 
     Raises:
         FileExistsError: ``out`` has something in it and ``overwrite`` is false.
-        ValueError: ``n`` or ``rounds`` is less than 1.
+        ValueError: ``n`` or ``rounds`` is less than 1, or there are no questions in ``photos``.
     """
     out = Path(out)
+    photographed = None if photos is None else list(islice(photo_questions(photos), n))
     if min(n, rounds) < 1:
         raise ValueError(f"n and rounds must be 1 or more, got {n} and {rounds}")
     if out.exists() and any(out.iterdir()) and not overwrite:
         raise FileExistsError(f"{out} is not empty; choose another folder or allow to overwrite")
     say(f"loading {model}")
     host, processor = mv.load(model, dtype=torch.float32)
-    asked = list(islice(held_out_questions(processor.image_processor.crop_size["height"]), n))
+    side = processor.image_processor.crop_size["height"]
+    asked = list(islice(held_out_questions(side), n)) if photographed is None else photographed
     say("measuring times")
     times = measure(host, processor, asked, rounds)
     results = []
     for name, methods in METHODS.items():
-        say(f"{name}: answering {n} questions")
+        say(f"{name}: answering {len(asked)} questions")
         with mv.using(host, *methods):
             answers = answer_questions(host, processor, asked)
             (kept,) = mv.inspect_tokens(host, **inputs_of(processor, asked[0]))
-        right = sum(answer == question.answer for (_, question), answer in zip(asked, answers, strict=True))
+        right = sum(answer == question.answer for question, answer in zip(asked, answers, strict=True))
         stored = [method.to_dict() for method in methods]
         results.append(MethodResult(name, stored, len(kept.patch_index), *times[name], answers, right))
     say("drawing what was kept")
     (out / PICTURES).mkdir(parents=True, exist_ok=True)
     record = {
         "environment": environment(),
-        "settings": {"model": str(model), "split": SPLIT, "n": n, "seed": SEED, "rounds": rounds, "dtype": "float32"},
-        "questions": [{"scene": scene.index, **asdict(question)} for scene, question in asked],
+        "settings": {
+            "model": str(model),
+            "data": "scenes" if photos is None else "photos",
+            "split": SPLIT,
+            "n": len(asked),
+            "seed": SEED,
+            "rounds": rounds,
+            "dtype": "float32",
+        },
+        "questions": [question.record() for question in asked],
         "methods": [asdict(result) for result in results],
     }
     (out / RESULTS).write_text(json.dumps(record, indent=1), encoding="utf-8")
@@ -138,8 +172,29 @@ def held_out_questions(side: int) -> Iterator[Asked]:
     """Test scenes of ``side`` pixels, each with one question of every family that can be asked about it."""
     for index in count():
         scene, rng = sample_scene(SPLIT, index, side=side), random.Random(f"demo-{SEED}-{index}")
-        questions = [ask(scene, rng) for ask in FAMILIES.values()]
-        yield from ((scene, question) for question in questions if question is not None)
+        for question in (ask(scene, rng) for ask in FAMILIES.values()):
+            if question is not None:
+                name = f"{SPLIT}-{index}"
+                yield Asked(name, question.text, question.answer, question.family, partial(render, scene))
+
+
+def photo_questions(folder: str | Path) -> Iterator[Asked]:
+    """Questions about the test photographs of ``folder``, one of each family after the other.
+
+    Raises:
+        ValueError: there are none.
+    """
+    task = Photos(split=SPLIT)
+    by_family: dict[str, list[Asked]] = {}
+    for example in task.load(Path(folder)).examples:
+        (picture,), target = example.images, example.target
+        name, _, _ = example.id.rpartition("-")
+        asked = Asked(name, example.question, target["answer"], target["family"], picture)
+        by_family.setdefault(asked.family, []).append(asked)
+    rng = random.Random(f"demo-{SEED}")
+    for questions in by_family.values():
+        rng.shuffle(questions)
+    yield from chain.from_iterable(zip(*by_family.values(), strict=False))
 
 
 def answer_questions(host: PreTrainedModel, processor: ProcessorMixin, asked: Sequence[Asked]) -> list[str]:
@@ -147,18 +202,17 @@ def answer_questions(host: PreTrainedModel, processor: ProcessorMixin, asked: Se
     answers: list[str] = []
     for start in range(0, len(asked), BATCH):
         batch = asked[start : start + BATCH]
-        prompts = [prompt_for(processor, question.text, 1) for _, question in batch]
-        pictures = [[render(scene)] for scene, _ in batch]
+        prompts = [prompt_for(processor, question.text, 1) for question in batch]
+        pictures = [[question.picture()] for question in batch]
         ids = [str(start + i) for i in range(len(batch))]
         inputs = inputs_for(processor, prompts, pictures)
-        answers += answer(host, processor, inputs, ids, max_new_tokens=Scenes.max_new_tokens)
+        answers += answer(host, processor, inputs, ids, max_new_tokens=ANSWERED)
     return [said.lower().removesuffix(".") for said in answers]
 
 
 def inputs_of(processor: ProcessorMixin, asked: Asked) -> BatchFeature:
     """What the processor makes of one question."""
-    scene, question = asked
-    return inputs_for(processor, [prompt_for(processor, question.text, 1)], [[render(scene)]])
+    return inputs_for(processor, [prompt_for(processor, asked.text, 1)], [[asked.picture()]])
 
 
 def measure(
@@ -182,11 +236,11 @@ def _median_ms(steps: Sequence[Steps]) -> tuple[float, float, float]:
 
 
 def pictured(asked: Sequence[Asked]) -> list[int]:
-    """Numbers of the questions to draw: the first of each family in `PICTURED`, each about another scene."""
+    """Numbers of the questions to draw: the first of each family in `PICTURED`, each about another picture."""
     shown: dict[str, int] = {}
-    for i, (scene, question) in enumerate(asked):
-        new_scene = scene not in [asked[j][0] for j in shown.values()]
-        if new_scene and question.family in PICTURED and question.family not in shown:
+    for i, question in enumerate(asked):
+        new_picture = question.image not in [asked[j].image for j in shown.values()]
+        if new_picture and question.family in PICTURED and question.family not in shown:
             shown[question.family] = i
     return list(shown.values())
 
@@ -201,9 +255,8 @@ def draw(
     """Write the sheet and the pictures in it, larger and with legends."""
     rows = []
     for i in pictured(asked):
-        scene, question = asked[i]
-        inputs = inputs_of(processor, asked[i])
-        (tile,) = tile_pictures(render(scene), 0, inputs, processor.image_processor)
+        question, inputs = asked[i], inputs_of(processor, asked[i])
+        (tile,) = tile_pictures(question.picture(), 0, inputs, processor.image_processor)
         cells: list[SheetCell] = []
         for result, methods in zip(results, METHODS.values(), strict=True):
             with mv.using(host, *methods):
@@ -226,7 +279,7 @@ def _resized(tile: Image.Image, grid: tuple[int, int], stock: tuple[int, int]) -
 def table(results: Sequence[MethodResult]) -> Table:
     """The results, one method a row."""
     n = len(results[0].answers)
-    view = Table(title=f"{n} questions about held-out scenes; milliseconds are medians")
+    view = Table(title=f"{n} questions about held-out pictures; milliseconds are medians")
     view.add_column("method", no_wrap=True)
     for heading in ("visual tokens", "encode ms", "prefill ms", "decode ms/token", f"right of {n}"):
         view.add_column(heading, justify="right")

@@ -11,7 +11,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from mllm_vision.cli import app
-from mllm_vision.demo import METHODS, held_out_questions, pictured, run_demo, table
+from mllm_vision.demo import METHODS, held_out_questions, photo_questions, pictured, run_demo, table
 from mllm_vision.recipes.tiny_model import build_model, build_processor
 from mllm_vision.scenes import FAMILIES
 
@@ -70,6 +70,7 @@ def test_record_says_how_and_where_it_was_measured(finished):
     record = json.loads((finished[0] / "demo.json").read_text())
     assert record["settings"] | {"model": ""} == {
         "model": "",
+        "data": "scenes",
         "split": "test",
         "n": 20,
         "seed": 0,
@@ -101,16 +102,16 @@ def test_table_has_a_line_for_each_method(finished):
 
 def test_held_out_questions_are_of_every_family_and_always_the_same():
     asked = list(islice(held_out_questions(140), 20))
-    assert {question.family for _, question in asked} == set(FAMILIES)
-    assert {scene.split for scene, _ in asked} == {"test"}
+    assert {question.family for question in asked} == set(FAMILIES)
+    assert {question.image.partition("-")[0] for question in asked} == {"test"}
     assert asked == list(islice(held_out_questions(140), 20))
 
 
 def test_pictured_questions_are_about_scenes_that_differ():
     asked = list(islice(held_out_questions(140), 40))
     shown = [asked[i] for i in pictured(asked)]
-    assert sorted(question.family for _, question in shown) == ["colour", "count", "existence", "reading"]
-    assert len({scene.index for scene, _ in shown}) == 4
+    assert sorted(question.family for question in shown) == ["colour", "count", "existence", "reading"]
+    assert len({question.image for question in shown}) == 4
     assert pictured(asked[:1]) == [0]
 
 
@@ -136,3 +137,48 @@ def test_command_prints_the_table_and_overwrites_when_asked(untrained, tmp_path)
     assert done.exit_code == 0, done.output
     assert all(name in done.stdout for name in ROWS)
     assert json.loads((tmp_path / "demo.json").read_text())["settings"]["n"] == 2
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Two test photographs with two questions of each family."""
+    folder = tmp_path / "photos"
+    (folder / "images").mkdir(parents=True)
+    (folder / "questions").mkdir()
+    rows = []
+    for i in range(2):
+        Image.new("RGB", (90, 90), (120 * i, 40, 90)).save(folder / "images" / f"test-{i}.jpg")
+        for family, kind, answer in (
+            ("existence", "present", "yes"),
+            ("count", "count", "two"),
+            ("position", "quarter", "top left"),
+        ):
+            row = {"id": f"test-{i}-{family}", "image": f"test-{i}.jpg", "question": f"which {family}?"}
+            rows.append(row | {"family": family, "kind": kind, "answer": answer})
+    (folder / "questions" / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_photographs_are_asked_about_in_turn_of_families(photos):
+    asked = list(photo_questions(photos))
+    assert [question.family for question in asked] == ["existence", "count", "position"] * 2
+    assert {question.image for question in asked} == {"test-0", "test-1"}
+    assert asked == list(photo_questions(photos))
+    assert asked[0].picture().size == (90, 90)
+
+
+def test_the_demo_on_photographs(untrained, photos, tmp_path):
+    run = ["demo", "--out", str(tmp_path / "out"), "--n", "4", "--real", str(photos)]
+    refused = CliRunner().invoke(app, run)
+    assert "--real needs --model" in refused.output
+    done = CliRunner().invoke(app, [*run, "--model", str(untrained)])
+    assert done.exit_code == 0, done.output
+    record = json.loads((tmp_path / "out" / "demo.json").read_text())
+    assert (record["settings"]["data"], record["settings"]["n"]) == ("photos", 4)
+    assert [question["family"] for question in record["questions"]] == ["existence", "count", "position", "existence"]
+    assert (tmp_path / "out" / "demo.png").is_file()
+
+
+def test_a_folder_without_photographs_says_what_writes_one(tmp_path):
+    with pytest.raises(ValueError, match="mllm-vision photos"):
+        run_demo(tmp_path / "out", model="tiny-llava-scenes", photos=tmp_path)
