@@ -102,6 +102,13 @@ class RecipeTrainer(Trainer):
             )
         return loss
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # The stock one takes a step too many where a run resumes from the checkpoint of its last.
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:
+            self.control.should_training_stop = True
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """As the stock one, which is asked ahead of every change of the weights.
 

@@ -42,7 +42,7 @@ def run(recipe, overrides, processes=1, prepare=None, environment=None, seconds=
             shared = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
             told = {**shared, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if processes > 1 else {}
             told = {name: str(value) for name, value in {**told, **(environment or {})}.items()}
-            args = (recipe, overrides, prepare, rank, told, said[rank])
+            args = (recipe, overrides, prepare, rank, told, said[rank], torch.get_num_threads())
             started.append(_FORKS.Process(target=_train, args=args))
             started[-1].start()
         multiprocessing.connection.wait([process.sentinel for process in started], seconds)
@@ -58,9 +58,9 @@ def run(recipe, overrides, processes=1, prepare=None, environment=None, seconds=
         ]
 
 
-def _train(recipe, overrides, prepare, rank, environment, said):
+def _train(recipe, overrides, prepare, rank, environment, said, threads):
     os.environ.update(environment)
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)  # sums are taken in another order by another number of them
     if prepare is not None:
         prepare(rank)
     try:

@@ -5,6 +5,8 @@ import os
 import signal
 
 import yaml
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
 from mllm_vision.recipes.trainer import RecipeTrainer
@@ -18,7 +20,7 @@ _ARGUMENTS = {
     "save_steps": 2,
     "disable_tqdm": True,
 }
-SPATIAL = {"type": "spatial_tokens", "variant": "cropping", "channels": 8}
+SPATIAL = {"type": "spatial_tokens", "variant": "cropping", "channels": 8, "scales": 3}
 
 
 def write_recipe(folder, **changed):
@@ -98,3 +100,24 @@ def _kill_where(owner, name, now):
 
 def kill_after_three_steps(rank):
     _kill_where(RecipeTrainer, "training_step", lambda trainer: trainer.state.global_step == 3)
+
+
+def shard_on_processors(rank):
+    """Have accelerate shard weights, which it does for accelerators alone, though gloo and PyTorch can without."""
+    PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
+
+
+def kill_shards_after_three_steps(rank):
+    shard_on_processors(rank)
+    kill_after_three_steps(rank)
+
+
+def break_the_loss(rank):
+    """Have the third loss of the second process alone be no number."""
+    original = RecipeTrainer.compute_loss
+
+    def broken(self, *args, **kwargs):
+        loss = original(self, *args, **kwargs)
+        return loss * float("nan") if rank == 1 and self.state.global_step == 2 else loss
+
+    RecipeTrainer.compute_loss = broken

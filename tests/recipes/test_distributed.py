@@ -1,0 +1,139 @@
+"""Several processes learn what one learns from the same rows, by copies of the model (DDP) or by shares of it (FSDP)."""
+
+import json
+from importlib.resources import files
+
+import pytest
+import torch
+from accelerate.commands.config.config_args import ClusterConfig
+from accelerate.commands.launch import launch_command_parser
+
+import mllm_vision as mv
+from mllm_vision.recipes.train import train
+from mllm_vision.recipes.trainer import layer_classes
+from tests.hosts import HOSTS
+from tests.recipes.processes import run
+from tests.recipes.runs import (
+    break_the_loss,
+    in_stages,
+    kill_after_three_steps,
+    kill_shards_after_three_steps,
+    logged,
+    saved,
+    shard_on_processors,
+    write_recipe,
+)
+
+CONFIGS = files("mllm_vision.recipes") / "accelerate"
+HALF = in_stages("per_device_train_batch_size=2")
+NO_DROPOUT = ["stages.lora.lora.dropout=0.0", "model.text.attention_dropout=0.0", "stages.all.group_by_modality=false"]
+SHARDED = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    "ACCELERATE_TORCH_DEVICE": "cpu",
+}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    return write_recipe(tmp_path_factory.mktemp("recipe"))
+
+
+@pytest.fixture(scope="module")
+def alone(recipe, tmp_path_factory):
+    output = tmp_path_factory.mktemp("run") / "alone"
+    train(recipe, [f"output={output}", "task=scenes:questions=2:side=70", *NO_DROPOUT, *in_stages("logging_steps=1")])
+    return output
+
+
+def assert_learns_the_same(output, expected):
+    """To the order in which floats are added, which Adam, dividing by the size of a gradient, makes more of."""
+    for stage, rows in logged(expected).items():
+        got = logged(output)[stage]
+        assert [row["step"] for row in got] == [row["step"] for row in rows], "the log is written once"
+        for key in ("loss", "grad_norm"):
+            torch.testing.assert_close([row[key] for row in got], [row[key] for row in rows], atol=1e-5, rtol=1e-4)
+    weights = saved(output / "model")
+    for name, value in saved(expected / "model").items():
+        torch.testing.assert_close(weights[name], value, atol=1e-3, rtol=1e-3)
+
+
+def test_two_processes_learn_what_one_learns_and_write_it_once(recipe, alone, tmp_path):
+    output = tmp_path / "two"
+    said = ["task=scenes:questions=2:side=70", *NO_DROPOUT, *in_stages("logging_steps=1"), *HALF]
+    ended = run(recipe, [f"output={output}", *said], processes=2)
+    assert [process.error for process in ended] == ["", ""]
+    assert_learns_the_same(output, alone)
+    scores = [json.loads((folder / "model" / "scores.json").read_text())["scores"] for folder in (output, alone)]
+    assert scores[0] == scores[1]
+    assert sorted(path.name for path in output.iterdir()) == sorted(path.name for path in alone.iterdir())
+
+
+def test_gradients_of_two_half_batches_are_those_of_one(recipe, alone, tmp_path):
+    halves = in_stages("logging_steps=1", "gradient_accumulation_steps=2", "per_device_train_batch_size=2")
+    train(recipe, [f"output={tmp_path / 'run'}", *NO_DROPOUT, *halves])
+    assert_learns_the_same(tmp_path / "run", alone)
+
+
+def test_all_processes_stop_before_they_learn_from_a_loss_that_is_no_number(recipe, tmp_path):
+    output = tmp_path / "run"
+    ended = run(recipe, [f"output={output}", *HALF, *in_stages("save_steps=1")], processes=2, prepare=break_the_loss)
+    assert [process.code for process in ended] == [1, 1], "neither hangs"
+    assert ended[0].error == ended[1].error
+    assert ended[0].error.startswith("FloatingPointError: the loss of step 3 is nan; its rows are train-")
+    latest = output / "all.checkpoints" / "checkpoint-2"
+    assert [path.name for path in latest.parent.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert all(value.isfinite().all() for value in saved(latest).values())
+
+
+@pytest.mark.parametrize("spec", HOSTS, ids=[host.name for host in HOSTS])
+def test_the_layers_that_fsdp_gathers_are_there_in_every_host(spec):
+    model = spec.model()
+    classes = {type(module).__name__ for module in model.modules()}
+    found = layer_classes(model)
+    assert set(found) <= classes
+    assert len(found) == 2, "those of the tower and those of the language model"
+
+
+def test_the_launch_configurations_are_ones_that_accelerate_reads():
+    configs = {path.name: ClusterConfig.from_yaml_file(str(path)) for path in sorted(CONFIGS.iterdir())}
+    assert {name: str(config.distributed_type.value) for name, config in configs.items()} == {
+        "ddp.yaml": "MULTI_GPU",
+        "deepspeed_zero2.yaml": "DEEPSPEED",
+        "deepspeed_zero3.yaml": "DEEPSPEED",
+        "fsdp2.yaml": "FSDP",
+    }
+    options = {action.dest for action in launch_command_parser()._actions}
+    for config in configs.values():
+        assert config.num_processes == -1, "the command says how many"
+        assert set(config.fsdp_config) | set(config.deepspeed_config) <= options
+    assert configs["fsdp2.yaml"].fsdp_config["fsdp_version"] == 2
+    for stage in (2, 3):
+        assert configs[f"deepspeed_zero{stage}.yaml"].deepspeed_config["zero_stage"] == stage
+
+
+@pytest.mark.slow
+def test_two_processes_resume_together(recipe, tmp_path):
+    train_two = {"processes": 2, "seconds": 120}
+    assert {ended.code for ended in run(recipe, [f"output={tmp_path / 'unbroken'}", *HALF], **train_two)} == {0}
+    resumed = [f"output={tmp_path / 'killed'}", *HALF]
+    assert -9 in {ended.code for ended in run(recipe, resumed, prepare=kill_after_three_steps, **train_two)}
+    assert {ended.code for ended in run(recipe, resumed, **train_two)} == {0}
+    assert logged(tmp_path / "killed") == logged(tmp_path / "unbroken")
+    expected = saved(tmp_path / "unbroken" / "model")
+    assert all(torch.equal(value, expected[name]) for name, value in saved(tmp_path / "killed" / "model").items())
+
+
+@pytest.mark.slow
+def test_shares_of_a_model_learn_the_same_are_resumed_and_are_saved_whole(recipe, alone, tmp_path):
+    output = tmp_path / "run"
+    said = [f"output={output}", *NO_DROPOUT, *in_stages("logging_steps=1", "use_cpu=false"), *HALF]
+    kill, shard = ({"prepare": p, "processes": 2} for p in (kill_shards_after_three_steps, shard_on_processors))
+    assert -9 in {ended.code for ended in run(recipe, said, environment=SHARDED, **kill)}
+    assert (output / "all.checkpoints" / "checkpoint-2" / "pytorch_model_fsdp_0").is_dir(), "FSDP was on"
+    assert [ended.error for ended in run(recipe, said, environment=SHARDED, **shard)] == ["", ""]
+    assert_learns_the_same(output, alone)
+    for folder in ("all", "model"):  # a whole model, and an adapter
+        mv.load(output / folder)
