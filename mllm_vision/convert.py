@@ -9,12 +9,9 @@ mapped, so that only merged, cast and grown weights are held by the process itse
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -22,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mllm_vision.auto import slotted_config
+from mllm_vision.folders import check_empty, whole_folder
 from mllm_vision.host import adapter_for
 from mllm_vision.original import account, read_original
 from mllm_vision.registry import MethodConfig, package_modules
@@ -29,9 +27,6 @@ from mllm_vision.slots import stored
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedConfig, ProcessorMixin
-
-PROCESSORS = ("processor_config.json", "preprocessor_config.json")
-"""One of which every converted folder has: a model's, or a tower's."""
 
 
 @dataclass(frozen=True)
@@ -155,28 +150,3 @@ def write_model(found: Conversion, folder: Path) -> int:
     model.tie_weights()  # what was tied has been assigned twice
     model.save_pretrained(folder)
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def check_empty(out: Path, overwrite: bool) -> None:
-    """Raise FileExistsError where ``out`` has something in it that may not be replaced."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not overwrite:
-        raise FileExistsError(f"{out} is not empty; choose another folder, or replace it with overwrite")
-    if out.is_symlink() or out.resolve() == Path.cwd():
-        raise FileExistsError(f"{out} is a link or the current folder and is not removed; name the folder to replace")
-    if not any((out / file).is_file() for file in PROCESSORS):
-        raise FileExistsError(f"{out} holds something other than a converted model and is not removed")
-
-
-@contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
-    """A folder to write into that becomes ``out`` when the block ends, and nothing when it fails."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
-        folder = Path(scratch) / out.name
-        folder.mkdir()
-        yield folder
-        if out.exists():
-            shutil.rmtree(out)
-        folder.rename(out)

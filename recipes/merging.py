@@ -9,7 +9,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from mllm_vision.adapter_folder import ASSEMBLED, Base, adapter_folder
 from mllm_vision.api import load, source_of
-from mllm_vision.convert import check_empty, whole_folder
+from mllm_vision.folders import check_empty, whole_folder
 
 
 def merge(

@@ -140,7 +140,7 @@ def test_a_folder_with_something_in_it_is_kept(source, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine.txt").write_text("x")
     error = error_of(run("llava", source, tmp_path / "other", "--overwrite"))
-    assert "holds something other than a converted model and is not removed" in error
+    assert "holds something other than a model and is not removed" in error
     assert "is not empty" in error_of(run("llava", source, source / "config.json"))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import PIL
 
+from mllm_vision.folders import whole_folder
 from mllm_vision.photos.compose import REFERENCE_SIDE, compose
 from mllm_vision.photos.material import SPLITS, Material
 from mllm_vision.photos.questions import Asker, Question
@@ -62,14 +62,28 @@ def export_photos(
     folder = Path(folder)
     _refuse_to_lose(folder, overwrite)
     material = Material(cutouts, backgrounds, side)
+    with whole_folder(folder) as partial:
+        _write_photos(partial, material, sizes, seed)
+        manifest = {
+            "sizes": dict(sizes),
+            "side": side,
+            "seed": seed,
+            "pillow": PIL.__version__,
+            "cutouts": material.pools,
+            "backgrounds": {split: [one.name for one in found] for split, found in material.backgrounds.items()},
+        }
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    return folder
+
+
+def _write_photos(folder: Path, material: Material, sizes: Mapping[str, int], seed: int) -> None:
+    """Write the pictures of all splits, what is on them, and what is said about them."""
     asker = Asker(material)
-    partial = folder.with_name(f"{folder.name}.partial")  # a broken run leaves no folder that looks whole
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / IMAGE_FOLDER).mkdir(parents=True)
-    (partial / QUESTION_FOLDER).mkdir()
+    (folder / IMAGE_FOLDER).mkdir()
+    (folder / QUESTION_FOLDER).mkdir()
     with ExitStack() as stack:
         names = ("captions", "train", "validation", "questions/validation", "questions/test", "objects")
-        files = {name: stack.enter_context(open(partial / f"{name}.jsonl", "w", encoding="utf-8")) for name in names}
+        files = {name: stack.enter_context(open(folder / f"{name}.jsonl", "w", encoding="utf-8")) for name in names}
 
         def write(name: str, row: dict[str, Any]) -> None:
             files[name].write(json.dumps(row) + "\n")
@@ -79,7 +93,7 @@ def export_photos(
                 photo, image = compose(material, split, index, seed=seed)
                 rng = random.Random(f"ask-{seed}-{photo.name}")
                 picture = f"{IMAGE_FOLDER}/{photo.name}.jpg"
-                image.save(partial / picture, quality=JPEG_QUALITY)
+                image.save(folder / picture, quality=JPEG_QUALITY)
                 write("objects", photo.to_dict())
                 if split == "train":
                     write("captions", _chat(f"{photo.name}-caption", picture, [asker.caption_question(photo, rng)]))
@@ -90,19 +104,6 @@ def export_photos(
                         row = {"id": f"{photo.name}-{number}", "image": f"{photo.name}.jpg", **vars(question)}
                         row["question"] = row.pop("text")
                         write(f"questions/{split}", row)
-    manifest = {
-        "sizes": dict(sizes),
-        "side": side,
-        "seed": seed,
-        "pillow": PIL.__version__,
-        "cutouts": material.pools,
-        "backgrounds": {split: [one.name for one in found] for split, found in material.backgrounds.items()},
-    }
-    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    if folder.exists():
-        shutil.rmtree(folder)
-    partial.rename(folder)
-    return folder
 
 
 def _chat(name: str, picture: str, questions: Sequence[Question]) -> dict[str, Any]:
