@@ -1,15 +1,35 @@
-"""Parameter groups for an optimiser: a learning rate for each part of a host, falling with depth where asked."""
+"""Which weights of a host are trained, and in which groups: a learning rate for each part, falling with depth."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from mllm_vision.api import find_host
-from mllm_vision.host import PARTS, adapter_for, inside, without_peft
+from mllm_vision.host import PARTS, SLOTS, adapter_for, inside, without_peft
+
+
+def train_only(model: PreTrainedModel, names: Sequence[str]) -> None:
+    """Freeze all but these parts and submodules and what methods have.
+
+    Args:
+        model: A host.
+        names: Parts (`PARTS`) or names of submodules.
+
+    Raises:
+        ValueError: a name that is neither a part nor a submodule.
+    """
+    adapter, known = adapter_for(model.config), {name for name, _ in model.named_modules()}
+    idle = adapter.idle(model.config)  # in which a process of several would wait for gradients that never come
+    if unknown := [name for name in names if name not in PARTS and name not in known]:
+        raise ValueError(f"trains: {', '.join(unknown)} is no submodule of the model, and no part: {', '.join(PARTS)}")
+    for name, parameter in model.named_parameters():
+        asked = adapter.part_of(name) in names or any(inside(name, other) for other in (*names, SLOTS))
+        learns = asked and not any(inside(name, other) for other in idle)
+        parameter.requires_grad_(learns and parameter.is_floating_point())
 
 
 def parameter_groups(

@@ -23,18 +23,19 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel, ProcessorMixin, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 import mllm_vision as mv
 from mllm_vision.adapter_folder import save_adapter
 from mllm_vision.api import source_of
-from mllm_vision.convert import whole_folder
-from mllm_vision.host import PARTS, adapter_for, inside
+from mllm_vision.folders import whole_folder
+from mllm_vision.host import adapter_for
 from mllm_vision.recipes.assembly import AssemblySpec, assemble
 from mllm_vision.recipes.cached_tower import cached_tower
+from mllm_vision.recipes.checkpoints import checkpoints_of, drop_broken, latest_checkpoint
 from mllm_vision.recipes.disk import require_room
 from mllm_vision.recipes.lora import with_lora
+from mllm_vision.recipes.parameters import train_only
 from mllm_vision.recipes.publish import STAGE_RECORD, publish
 from mllm_vision.recipes.quantisation import quantised
 from mllm_vision.recipes.recipe import Recipe, load_recipe
@@ -80,7 +81,7 @@ def train(recipe: str | Path, overrides: Sequence[str] = ()) -> Path:
     for stage in plan.stages:
         done = output / stage.name
         if not done.is_dir():
-            base = stages[-1] if stages and not _retrains_all(plan, stage) else _named(plan, source)
+            base = stages[-1] if stages and not _retrains_all(plan, stage) else _base_name(plan, source)
             _run_stage(plan, stage, stages[-1] if stages else source, arguments[stage.name], done, str(base))
             gc.collect()  # a trainer and its model hold each other; the next stage needs their memory
         stages.append(done)
@@ -103,7 +104,7 @@ def training_arguments(plan: Recipe, stage: Stage) -> TrainingArguments:
             "use_cpu": not torch.accelerator.is_available(),
             **stage.arguments,
         },
-        output_dir=str(_checkpoints(Path(plan.output) / stage.name)),
+        output_dir=str(checkpoints_of(Path(plan.output) / stage.name)),
         seed=plan.seed,
     )
 
@@ -122,11 +123,11 @@ def _require_reporters(arguments: TrainingArguments) -> None:
 def _claim(plan: Recipe, output: Path) -> None:
     """Make `output` ours: create it, go on with the same recipe in it, or refuse."""
     record = output / _RECORD
-    wanted = yaml.safe_dump({**dataclasses.asdict(plan), "overwrite": False}, sort_keys=False)
+    wanted = {**dataclasses.asdict(plan), "overwrite": False}
     if output.is_dir() and any(output.iterdir()):
         if not record.is_file():
             raise FileExistsError(f"{output} is not empty and holds no training run; choose another output")
-        same = record.read_text(encoding="utf-8") == wanted
+        same = yaml.safe_load(record.read_text(encoding="utf-8")) == wanted
         if plan.overwrite or not (same or _has_learnt(output)):
             shutil.rmtree(output)
         elif (output / "model").exists():
@@ -136,7 +137,7 @@ def _claim(plan: Recipe, output: Path) -> None:
     try:
         output.mkdir(parents=True, exist_ok=True)
         written = output / f".{_RECORD}"
-        written.write_text(wanted, encoding="utf-8")
+        written.write_text(yaml.safe_dump(wanted, sort_keys=False), encoding="utf-8")
         written.replace(record)
     except OSError as error:
         raise type(error)(f"output {output} cannot be written to: {error}; choose another output") from error
@@ -187,7 +188,7 @@ def prepared(
     """
     set_seed(plan.seed)  # whatever stages came before in this process: new weights are drawn alike in one that resumes
     model, processor = _load(plan, source)
-    _train_only(model, stage.trains)
+    train_only(model, stage.trains)
     trained = model if stage.lora is None else with_lora(model, stage.lora, stage.trains)
     if arguments.bf16 or arguments.fp16:  # half holds too few digits to add small steps up; it is for the products
         for parameter in trained.parameters():
@@ -206,17 +207,17 @@ def _run_stage(
         base: What an adapter of this stage belongs on.
     """
     model, trained, processor = prepared(plan, stage, source, arguments)
-    checkpoints, partial = _checkpoints(done), done.with_name(f"{done.name}.partial")
+    checkpoints, partial = checkpoints_of(done), done.with_name(f"{done.name}.partial")
     trainer = trainer_for(stage, plan, trained, processor, arguments)
     trainer.add_callback(JSONLog(done.with_name(f"{stage.name}.log.jsonl")))
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
             callback.logging_dir = str(done.parent / "tensorboard" / stage.name)  # not among checkpoints, which go
-    latest = _latest_checkpoint(checkpoints)
+    latest = latest_checkpoint(checkpoints)
     trainer.accelerator.wait_for_everyone()  # all have looked before one tidies up
     if arguments.should_save:
         shutil.rmtree(partial, ignore_errors=True)
-        _drop_broken(checkpoints)
+        drop_broken(checkpoints)
         require_room(checkpoints, trained, arguments, steps_of(trainer))
     started = time.monotonic()
     with cached_tower(trained) if isinstance(stage, FilesStage) and stage.cache_tower else nullcontext():
@@ -260,23 +261,7 @@ def _save(
         processor.save_pretrained(folder)
 
 
-def _train_only(model: PreTrainedModel, names: Sequence[str]) -> None:
-    """Freeze all but these parts and submodules and what methods have.
-
-    Raises:
-        ValueError: a name that is neither a part nor a submodule.
-    """
-    adapter, known = adapter_for(model.config), {name for name, _ in model.named_modules()}
-    idle = adapter.idle(model.config)  # in which a process of several would wait for gradients that never come
-    if unknown := [name for name in names if name not in PARTS and name not in known]:
-        raise ValueError(f"trains: {', '.join(unknown)} is no submodule of the model, and no part: {', '.join(PARTS)}")
-    for name, parameter in model.named_parameters():
-        asked = adapter.part_of(name) in names or any(inside(name, other) for other in (*names, "vision_slots"))
-        learns = asked and not any(inside(name, other) for other in idle)
-        parameter.requires_grad_(learns and parameter.is_floating_point())
-
-
-def _named(plan: Recipe, source: str | Path) -> str | Path:
+def _base_name(plan: Recipe, source: str | Path) -> str | Path:
     """What an adapter calls the model that the run began with: an assembled one can be made again anywhere."""
     return plan.model.line if isinstance(plan.model, AssemblySpec) else source
 
@@ -285,32 +270,6 @@ def _retrains_all(plan: Recipe, stage: Stage) -> bool:
     """Whether a stage trains in full all that those before it did, so that its adapter fits what they began with."""
     earlier = {name for other in plan.stages[: plan.stages.index(stage)] for name in other.trains}
     return earlier <= set(stage.trains)
-
-
-def _checkpoints(done: Path) -> Path:
-    return done.with_name(f"{done.name}.checkpoints")
-
-
-def _latest_checkpoint(folder: Path) -> str | None:
-    """The last checkpoint that is whole."""
-    whole = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _is_whole(path)]
-    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    """Whether all of a checkpoint was written: the trainer's state is the last of it."""
-    try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return False
-    return True
-
-
-def _drop_broken(folder: Path) -> None:
-    """Delete checkpoints whose writing was cut off, lest their files be mixed with those of the next attempt."""
-    for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        if not _is_whole(path):
-            shutil.rmtree(path)
 
 
 def _held_out_curve(log_history: list[dict[str, float]]) -> list[dict[str, float]]:
