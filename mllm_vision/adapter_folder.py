@@ -21,7 +21,7 @@ from transformers.utils import cached_file
 from transformers.utils.peft_utils import ADAPTER_SAFE_WEIGHTS_NAME, find_adapter_config_file
 
 from mllm_vision.api import find_host
-from mllm_vision.host import PARTS, adapter_of_type, inside, without_peft
+from mllm_vision.host import PARTS, SLOTS, adapter_of_type, inside, without_peft
 from mllm_vision.registry import MethodConfig
 from mllm_vision.slots import replacing, restored
 from mllm_vision.slotted import SlottedModel
@@ -52,7 +52,7 @@ class Base:
         model_type: Of the stock host.
         methods: What was plugged into it, as `config.json` stores it; None for a stock model.
         weights: `SAMPLED_VALUES` of some frozen weights, by the names that they have in the host, with their shapes.
-        name: A folder or a hub id.
+        name: A folder, a hub id, or what it is assembled of (`ASSEMBLED`).
     """
 
     model_type: str
@@ -71,7 +71,7 @@ class Base:
         by_part: dict[str, list[str]] = {part: [] for part in PARTS}
         weights = dict(_readable(host))
         for name in weights:
-            if not any(inside(name, module) for module in (*trained, "vision_slots")):
+            if not any(inside(name, module) for module in (*trained, SLOTS)):
                 by_part[adapter.part_of(name)].append(name)
         # Drawn by their names, so that no kind of weight is left out because it comes at the same place of every layer.
         chosen = [sorted(names, key=lambda n: zlib.crc32(n.encode()))[:SAMPLED_WEIGHTS] for names in by_part.values()]
@@ -158,7 +158,8 @@ def adapter_folder(name: str | Path, **hub: Any) -> Path | None:
     if config is None or found("config.json") is not None:  # a whole model may have an adapter in its folder
         return None
     if not Path(name).is_dir():
-        found(ADAPTER_SAFE_WEIGHTS_NAME), found(BASE_FILE)
+        for file in (ADAPTER_SAFE_WEIGHTS_NAME, BASE_FILE):
+            found(file)
     return Path(config).parent
 
 

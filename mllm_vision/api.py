@@ -60,7 +60,8 @@ def load(
         trained_on = Base.read(folder)
         source, methods = source_of(base or trained_on.name), (*trained_on.plugged(methods),)
         for name in ("revision", "subfolder"):  # which are the adapter's
-            hub.pop(name, None), kwargs.pop(name, None)
+            hub.pop(name, None)
+            kwargs.pop(name, None)
     elif base is not None:
         raise ValueError(f"a base belongs to an adapter, and {source} is none")
     if str(source).startswith(ASSEMBLED):

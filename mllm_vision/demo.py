@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import chain, count, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from PIL import Image
@@ -35,7 +35,8 @@ from mllm_vision.registry import MethodConfig
 from mllm_vision.scenes import FAMILIES, render, sample_scene
 
 MODEL = "tiny-llava-scenes"
-SPLIT, SEED = "test", 0
+SPLIT: Final = "test"
+SEED = 0
 METHODS: dict[str, list[MethodConfig]] = {
     "all tokens": [],
     "hiprune 1/2": [HiPruneConfig(keep=1 / 2)],

@@ -30,7 +30,8 @@ PARTS = ("language", "tower", "projector")
 
 ENTRY_POINT_GROUP = "mllm_vision.adapters"
 SLOTTED_PREFIX = "mllm_vision_"
-HEAD = "lm_head"
+HEAD, SLOTS = "lm_head", "vision_slots"
+"""Submodules of every host: what makes logits, and what holds its methods."""
 _WRAPPED_BY_PEFT = re.compile(r"^base_model\.model\.|\.(base_layer|original_module|modules_to_save\.[^.]+)(?=\.|$)")
 
 

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-PAD_VALUES = {"attention_mask": 0, "labels": -100, "position_ids": 0, "mm_token_type_ids": 0, "token_type_ids": 0}
+IGNORED = -100
+"""Label of what nothing is learnt from; torch's and transformers' losses leave it out."""
+PAD_VALUES = {"attention_mask": 0, "labels": IGNORED, "position_ids": 0, "mm_token_type_ids": 0, "token_type_ids": 0}
 """What a padded column holds in every tensor that runs along the prompt; ids take the model's pad id."""
 
 

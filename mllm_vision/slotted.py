@@ -24,7 +24,7 @@ from mllm_vision.auto import slotted_config
 from mllm_vision.contrast import OneCall, require_sampling_loop, say_decoded_plainly, with_contrast
 from mllm_vision.encoding import encode_images
 from mllm_vision.fitting import fit_prompt, fittable_images
-from mllm_vision.host import Adapter, NoProjector, adapter_for, adapters
+from mllm_vision.host import HEAD, SLOTS, Adapter, NoProjector, adapter_for, adapters
 from mllm_vision.slots import Slots, restored
 
 CONTRAST = "contrast"
@@ -289,17 +289,15 @@ def spare_slots(config: PreTrainedConfig, spared: bool) -> None:
     """Note in the config of a quantised model that its slots are not quantised, or take that back."""
     quantised = getattr(config, "quantization_config", None)
     if isinstance(quantised, BitsAndBytesConfig):
-        others = [name for name in quantised.llm_int8_skip_modules or ["lm_head"] if name != "vision_slots"]
-        quantised.llm_int8_skip_modules = (
-            [*others, "vision_slots"] if spared else None if others == ["lm_head"] else others
-        )
+        others = [name for name in quantised.llm_int8_skip_modules or [HEAD] if name != SLOTS]
+        quantised.llm_int8_skip_modules = [*others, SLOTS] if spared else None if others == [HEAD] else others
 
 
 def _sparing_slots(quantised: Any) -> Any:
     """A quantisation config that, if it is of bitsandbytes, leaves the slots alone, and the head as it would untold."""
     sparing = AutoQuantizationConfig.from_dict(quantised) if isinstance(quantised, dict) else copy.copy(quantised)
     if isinstance(sparing, BitsAndBytesConfig):
-        spared = [*(sparing.llm_int8_skip_modules or ["lm_head"]), "vision_slots"]
+        spared = [*(sparing.llm_int8_skip_modules or [HEAD]), SLOTS]
         sparing.llm_int8_skip_modules = list(dict.fromkeys(spared))
     return sparing
 

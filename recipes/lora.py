@@ -14,7 +14,7 @@ from torch import nn
 
 from mllm_vision.adapter_folder import Base
 from mllm_vision.api import find_host
-from mllm_vision.host import HEAD, PARTS, adapter_for, inside
+from mllm_vision.host import HEAD, PARTS, SLOTS, adapter_for, inside
 from mllm_vision.recipes.parameters import transformer_layers
 from mllm_vision.settings import Settings
 from mllm_vision.slotted import SlottedModel
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Part = Literal["language", "tower", "projector"]
-OURS = ("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "layers_pattern")
+_OURS = ("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "layers_pattern")
 """Settings of `peft.LoraConfig` that follow from those of `LoraSpec`, or that need names which PEFT makes up."""
 
 
@@ -43,7 +43,7 @@ class LoraSpec(Settings):
         ValueError: a value out of range, or an option that PEFT does not know or that follows from the rest.
     """
 
-    target: Literal["all", "language", "tower", "projector"] | list[Part] = "language"
+    target: Literal["all", Part] | list[Part] = "language"
     r: int
     alpha: float
     dropout: float = 0.0
@@ -61,7 +61,7 @@ class LoraSpec(Settings):
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if self.target == []:
             raise ValueError(f"target must name a part, one or more of {', '.join(PARTS)}, or all")
-        valid = [name for name in inspect.signature(LoraConfig).parameters if name not in OURS]
+        valid = [name for name in inspect.signature(LoraConfig).parameters if name not in _OURS]
         if unknown := sorted(set(self.options) - set(valid)):
             raise ValueError(f"options has no field {', '.join(unknown)}; its fields are {', '.join(sorted(valid))}")
 
@@ -91,7 +91,7 @@ def with_lora(model: PreTrainedModel, spec: LoraSpec, trains: Sequence[str] = ()
     full = [name for asked in trains for name in trained_in_full(host, asked)]
     if isinstance(host, SlottedModel):
         held = zip(host.vision_slots.methods, host.vision_slots.places, strict=True)
-        full += [f"vision_slots.{place}" for method, place in held if method.needs_weights]
+        full += [f"{SLOTS}.{place}" for method, place in held if method.needs_weights]
     layers: list[str] = []
     for part in spec.parts:
         found = linear_layers(host, part, spec.options.get("layers_to_transform"))
@@ -124,7 +124,7 @@ def linear_layers(host: PreTrainedModel, part: str, numbers: int | list[int] | N
             all, and those that are in none.
     """
     adapter = adapter_for(host.config)
-    idle = (*adapter.idle(host.config), HEAD, "vision_slots")
+    idle = (*adapter.idle(host.config), HEAD, SLOTS)
     names = [
         name
         for name, module in host.named_modules()

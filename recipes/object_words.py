@@ -22,11 +22,12 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from mllm_vision.images import load_image
 from mllm_vision.photos.export import IMAGE_FOLDER, OBJECTS
-from mllm_vision.recipes.objectives import IGNORED, encode_images, tokens_a_side
+from mllm_vision.placeholders import IGNORED
+from mllm_vision.recipes.objectives import picture_inputs, tokens_a_side
 
 BACKGROUND = "background"
-HITS = ("thing", "background")
-"""What is counted of the words said of patches."""
+PATCHES = ("thing", BACKGROUND)
+"""Kinds of patches whose words are counted apart."""
 _CORE = 0.7
 """Share of an object's box, in width and height about its middle, whose patches are taken to show it."""
 _SHARPNESS = 20.0  # of cosines, before their softmax
@@ -41,14 +42,16 @@ class PhotoPatches(Dataset):
         nouns: The words; the first is for patches on no object.
         processor: That of a host with as many visual tokens as patches.
         length: Photographs to go through, which begin anew at their end; None is each once.
+
+    Raises:
+        ValueError: the folder has no photographs of this split.
     """
 
     def __init__(
         self, folder: str | Path, split: str, nouns: Sequence[str], processor: ProcessorMixin, length: int | None = None
     ):
         self.folder, self.nouns, self.processor = Path(folder), list(nouns), processor
-        with (self.folder / OBJECTS).open(encoding="utf-8") as file:
-            self.rows = [row for row in map(json.loads, file) if row["split"] == split]
+        self.rows = _photographs(self.folder, split)
         self.grid = tokens_a_side(processor, self.rows[0]["side"])
         self.length = len(self.rows) if length is None else length
 
@@ -58,16 +61,24 @@ class PhotoPatches(Dataset):
     def __getitem__(self, i: int) -> dict[str, Any]:
         row = self.rows[i % len(self.rows)]
         image = load_image(self.folder / IMAGE_FOLDER / f"{row['id']}.jpg")
-        images = encode_images(self.processor, [image])
+        images = picture_inputs(self.processor, [image])
         del images["input_ids"]
         return {"row_id": row["id"], "nouns": patch_nouns(row, self.nouns, self.grid)[None], **images}
 
 
 def nouns_of(folder: str | Path) -> list[str]:
     """`BACKGROUND`, then every noun of the training photographs, in alphabetical order."""
-    with (Path(folder) / OBJECTS).open(encoding="utf-8") as file:
-        rows = [row for row in map(json.loads, file) if row["split"] == "train"]
+    rows = _photographs(Path(folder), "train")
     return [BACKGROUND, *sorted({thing["noun"] for row in rows for thing in row["objects"]})]
+
+
+def _photographs(folder: Path, split: str) -> list[dict[str, Any]]:
+    """What was pasted where, a row a photograph of the split."""
+    with (folder / OBJECTS).open(encoding="utf-8") as file:
+        rows = [row for row in map(json.loads, file) if row["split"] == split]
+    if not rows:
+        raise ValueError(f"{folder} has no photographs of the split {split!r}; `mllm-vision photos` writes them")
+    return rows
 
 
 def patch_nouns(row: dict[str, Any], nouns: Sequence[str], grid: int) -> Tensor:
@@ -128,7 +139,7 @@ class ObjectWords(nn.Module):
         self.register_buffer("weight", weight, persistent=False)
 
     def forward(self, nouns: Tensor, **images: Tensor) -> dict[str, Tensor]:
-        """The loss, and ``hits`` (B, HITS, 2): per picture how many patches are right, of how many."""
+        """The loss, and ``hits`` (B, PATCHES, 2): per picture how many patches are right, of how many."""
         features = torch.stack(list(self.model.get_image_features(**images).pooler_output))  # (B, N, D)
         told, words = features.flatten(0, 1).float(), self.words.float()
         scores = functional.normalize(told, dim=-1) @ functional.normalize(words, dim=-1).T * _SHARPNESS

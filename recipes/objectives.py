@@ -16,12 +16,12 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, ProcessorMixin
 
+from mllm_vision.placeholders import IGNORED
 from mllm_vision.recipes.data import RowEncoder
 from mllm_vision.recipes.tiny_model import BACKGROUND, CENTRE, REST
 from mllm_vision.scenes.draw import COLOURS, SHAPES, SIZES, TEXTS, TEXTURES, Scene, label_patches, render, sample_scene
 from mllm_vision.scenes.questions import FAMILIES, Question, caption_question
 
-IGNORED = -100
 NOUNS = (BACKGROUND, *SHAPES, *TEXTS)
 # A patch has one word of each group; only NOUNS and MIDDLE speak about patches that carry nothing.
 MIDDLE = (REST, CENTRE)
@@ -231,7 +231,7 @@ class AnswerCollator:
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         tokenizer = self.processor.tokenizer
-        images = encode_images(self.processor, [row["image"] for row in rows])
+        images = picture_inputs(self.processor, [row["image"] for row in rows])
         counts = (images.pop("input_ids") == self.processor.image_token_id).sum(1).tolist()
         packed = [self._pack(row["questions"], n + self.added) for row, n in zip(rows, counts, strict=True)]
         longest = max(len(ids) for ids, *_ in packed)
@@ -264,7 +264,7 @@ class AnswerCollator:
         return ids, labels, positions, branch
 
 
-def encode_images(processor: ProcessorMixin, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
+def picture_inputs(processor: ProcessorMixin, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
     """What the model needs of pictures, and as `input_ids` a row for each with its visual tokens."""
     marks = [processor.image_token] * len(images)
     inputs = processor(images=list(images), text=marks, padding=True, return_tensors="pt")
@@ -278,7 +278,7 @@ def token_side(processor: ProcessorMixin, side: int) -> int:
 
 def tokens_a_side(processor: ProcessorMixin, side: int) -> int:
     """How many visual tokens a square picture of `side` pixels has in a row."""
-    encoded = encode_images(processor, [Image.new("RGB", (side, side))])
+    encoded = picture_inputs(processor, [Image.new("RGB", (side, side))])
     return math.isqrt(int((encoded["input_ids"] == processor.image_token_id).sum()))
 
 

@@ -13,10 +13,10 @@ import yaml
 from transformers import PreTrainedModel, ProcessorMixin, TrainingArguments
 
 import mllm_vision as mv
-from mllm_vision.convert import whole_folder
 from mllm_vision.eval.environment import environment
 from mllm_vision.eval.evaluation import evaluate
 from mllm_vision.eval.task import parse_tasks
+from mllm_vision.folders import whole_folder
 from mllm_vision.recipes.recipe import Recipe
 
 SCORES = "scores.json"

@@ -13,6 +13,7 @@ import yaml
 
 from mllm_vision.eval.task import parse_tasks
 from mllm_vision.recipes.assembly import AssemblySpec
+from mllm_vision.recipes.quantisation import Quantisation
 from mllm_vision.recipes.stages import STAGES, AnswersStage, ConversationsStage, PatchWordsStage, Stage
 from mllm_vision.recipes.tiny_model import NewModelSpec
 from mllm_vision.recipes.uhd_tower import UHDTowerSpec
@@ -21,6 +22,7 @@ from mllm_vision.scenes.draw import REFERENCE_SIDE
 from mllm_vision.settings import Settings
 
 RECIPES = Path(__file__).parent
+Dtype = Literal["float32", "bfloat16", "float16"]
 _SUFFIXES = (".yaml", ".yml")
 
 
@@ -56,10 +58,10 @@ class Recipe(Settings):
     model: str | NewModelSpec | UHDTowerSpec | AssemblySpec
     stages: list[Stage]
     methods: list[dict[str, Any]] = field(default_factory=list)
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    quantize: Literal["nf4", "int8"] | None = None
+    dtype: Dtype = "float32"
+    quantize: Quantisation | None = None
     attention: str | None = None
-    publish_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    publish_dtype: Dtype | None = None
     task: str | None = None
     data: str | None = None
     side: int = REFERENCE_SIDE

@@ -14,10 +14,9 @@ from transformers import EvalPrediction, PreTrainedModel, ProcessorMixin, Traini
 from mllm_vision.api import find_host
 from mllm_vision.eval.tasks.scenes import Scenes
 from mllm_vision.host import adapter_for, without_peft
-from mllm_vision.recipes import object_words
 from mllm_vision.recipes.cached_tower import cached_rows
 from mllm_vision.recipes.data import ChatCollator, ModalityLengthSampler, RowEncoder, TrainingRows, training_rows
-from mllm_vision.recipes.object_words import ObjectWords, PhotoPatches, nouns_of, photo_patch_batch
+from mllm_vision.recipes.object_words import PATCHES, ObjectWords, PhotoPatches, nouns_of, photo_patch_batch
 from mllm_vision.recipes.objectives import (
     HITS,
     AnswerCollator,
@@ -103,7 +102,7 @@ def object_words_trainer(
         data_collator=photo_patch_batch,
         train_dataset=_cached(stage, rows, plan, model),
         eval_dataset=_cached(stage, held_out, plan, model),
-        compute_metrics=partial(_share_right, object_words.HITS),
+        compute_metrics=partial(_share_right, PATCHES),
     )
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import ProcessorMixin
 
-from mllm_vision.placeholders import PAD_VALUES
+from mllm_vision.placeholders import IGNORED, PAD_VALUES
 from mllm_vision.prompts import IMAGE_MARK
 from mllm_vision.recipes.data.conversation import Conversation, open_picture
 
@@ -138,8 +138,8 @@ class RowEncoder:
                 f"it has {len(ids)} tokens, more than max_length={self.max_length}; raise max_length or shorten it"
             )
         inside = torch.tensor([_inside(span, answers) for _, span in kept], dtype=torch.bool)
-        labels = torch.full_like(ids, -100)
-        labels[own] = torch.where(inside, ids[own], -100)
+        labels = torch.full_like(ids, IGNORED)
+        labels[own] = torch.where(inside, ids[own], IGNORED)
         return {**row, "labels": labels}
 
     def _rendered(self, messages: list[dict[str, Any]], asks: bool) -> str:

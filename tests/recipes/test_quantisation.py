@@ -74,4 +74,3 @@ def test_settings_are_those_of_qlora():
     assert (config.load_in_4bit, config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant) == (True, "nf4", True)
     assert config.bnb_4bit_compute_dtype == torch.bfloat16
     assert quantised("int8", adapter, torch.bfloat16).load_in_8bit
-    assert quantised(None, adapter, torch.bfloat16) is None
