@@ -65,9 +65,9 @@ def load(
     elif base is not None:
         raise ValueError(f"a base belongs to an adapter, and {source} is none")
     if str(source).startswith(ASSEMBLED):
-        from mllm_vision.recipes.assembly import assembled
+        from mllm_vision.recipes.assembly import assemble_again
 
-        model, processor = assembled(str(source), **kwargs)
+        model, processor = assemble_again(str(source), **kwargs)
     else:
         model, processor = _read(source, methods, trained_on, hub, kwargs)
     if methods:

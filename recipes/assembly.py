@@ -36,6 +36,18 @@ from mllm_vision.settings import Settings, parse_spec, spec
 from mllm_vision.towers import ViTUHDProcessor
 
 PAD = "<pad>"
+WITH_IMAGES = (
+    "{%- set found = namespace(messages=[]) -%}{%- for message in messages -%}"
+    "{%- set said = namespace(text='') -%}"
+    "{%- if message['content'] is string or message['content'] is none -%}"
+    "{%- set found.messages = found.messages + [message] -%}"
+    "{%- else -%}{%- for part in message['content'] -%}"
+    "{%- if part['type'] == 'image' -%}{%- set said.text = said.text + '" + IMAGE_MARK + "\\n' -%}"
+    "{%- elif part['type'] == 'text' -%}{%- set said.text = said.text + part['text'] -%}{%- endif -%}"
+    "{%- endfor -%}{%- set found.messages = found.messages + [dict(message, content=said.text)] -%}"
+    "{%- endif -%}{%- endfor -%}{%- set messages = found.messages -%}"
+)
+"""Goes ahead of a chat template for text: makes one string of every content that is a list of texts and images."""
 
 
 @dataclass(kw_only=True)
@@ -49,52 +61,8 @@ class AssemblySpec(Settings):
 
     @property
     def line(self) -> str:
-        """What an adapter calls this model as its base, for `assembled`."""
+        """What an adapter calls this model as its base, for `assemble_again`."""
         return ASSEMBLED + spec(self.tower, {k: v for k, v in vars(self).items() if k != "tower"})
-
-
-def assembled(
-    line: str, *, dtype: torch.dtype | str = "auto", device_map: Any = None, **others: Any
-) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """The model that `AssemblySpec.line` names.
-
-    Args:
-        dtype: Of the weights, as for `from_pretrained`; "auto" is float32.
-        device_map: One device, as such or as a map to it alone; "auto" is an accelerator, where there is one.
-        others: What `from_pretrained` takes besides, and an assembled model does not.
-
-    Raises:
-        ValueError: another option, or a device map of several devices.
-    """
-    tower, settings = parse_spec(line.removeprefix(ASSEMBLED))
-    if isinstance(device_map, dict):
-        device_map, *further = set(device_map.values())
-        others |= {"device_map of several devices": further} if further else {}
-    if others:
-        raise ValueError(
-            f"the base is assembled of {tower} and {settings['language']}, which takes no "
-            f"{', '.join(sorted(others))}; assemble it into a folder, and load with base= that folder"
-        )
-    if isinstance(dtype, str):
-        dtype = torch.float32 if dtype == "auto" else getattr(torch, dtype)
-    model, processor = assemble(**vars(AssemblySpec(tower=tower, **settings)), dtype=dtype)
-    if device_map == "auto":
-        device_map = torch.accelerator.current_accelerator(check_available=True)
-    return (model if device_map is None else model.to(device_map)), processor
-
-
-WITH_IMAGES = (
-    "{%- set found = namespace(messages=[]) -%}{%- for message in messages -%}"
-    "{%- set said = namespace(text='') -%}"
-    "{%- if message['content'] is string or message['content'] is none -%}"
-    "{%- set found.messages = found.messages + [message] -%}"
-    "{%- else -%}{%- for part in message['content'] -%}"
-    "{%- if part['type'] == 'image' -%}{%- set said.text = said.text + '" + IMAGE_MARK + "\\n' -%}"
-    "{%- elif part['type'] == 'text' -%}{%- set said.text = said.text + part['text'] -%}{%- endif -%}"
-    "{%- endfor -%}{%- set found.messages = found.messages + [dict(message, content=said.text)] -%}"
-    "{%- endif -%}{%- endfor -%}{%- set messages = found.messages -%}"
-)
-"""Goes ahead of a chat template for text: makes one string of every content that is a list of texts and images."""
 
 
 def assemble(
@@ -141,6 +109,36 @@ def assemble(
             model.save_pretrained(folder)
             processor.save_pretrained(folder)
     return model, processor
+
+
+def assemble_again(
+    line: str, *, dtype: torch.dtype | str = "auto", device_map: Any = None, **others: Any
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """The model that `AssemblySpec.line` names.
+
+    Args:
+        dtype: Of the weights, as for `from_pretrained`; "auto" is float32.
+        device_map: One device, as such or as a map to it alone; "auto" is an accelerator, where there is one.
+        others: What `from_pretrained` takes besides, and an assembled model does not.
+
+    Raises:
+        ValueError: another option, or a device map of several devices.
+    """
+    tower, settings = parse_spec(line.removeprefix(ASSEMBLED))
+    if isinstance(device_map, dict):
+        device_map, *further = set(device_map.values())
+        others |= {"device_map of several devices": further} if further else {}
+    if others:
+        raise ValueError(
+            f"the base is assembled of {tower} and {settings['language']}, which takes no "
+            f"{', '.join(sorted(others))}; assemble it into a folder, and load with base= that folder"
+        )
+    if isinstance(dtype, str):
+        dtype = torch.float32 if dtype == "auto" else getattr(torch, dtype)
+    model, processor = assemble(**vars(AssemblySpec(tower=tower, **settings)), dtype=dtype)
+    if device_map == "auto":
+        device_map = torch.accelerator.current_accelerator(check_available=True)
+    return (model if device_map is None else model.to(device_map)), processor
 
 
 def _planned(eyes: Tower, speech: Language, side: int | None, feature_layer: int) -> PreTrainedConfig:

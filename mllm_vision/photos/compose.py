@@ -37,6 +37,7 @@ class Pasted:
 
     @property
     def centre(self) -> tuple[float, float]:
+        """(x, y) of the middle of its box, in pixels."""
         left, top, right, bottom = self.box
         return (left + right) / 2, (top + bottom) / 2
 
@@ -54,6 +55,7 @@ class Photo:
 
     @property
     def name(self) -> str:
+        """Its id, and its file's name without suffix."""
         return f"{self.split}-{self.index:06d}"
 
     @property
@@ -67,6 +69,7 @@ class Photo:
         return tuple(thing for thing in self.objects if self.counts[thing.noun] == 1)
 
     def to_dict(self) -> dict[str, object]:
+        """Its line in the export's file of objects."""
         return {"id": self.name, **asdict(self)}
 
 

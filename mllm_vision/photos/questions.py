@@ -129,6 +129,7 @@ class Asker:
         return f"{listed[0].upper()}{listed[1:]}."
 
     def caption_question(self, photo: Photo, rng: random.Random) -> Question:
+        """Ask for the caption, in one of `CAPTION_PROMPTS`."""
         return Question("caption", "caption", rng.choice(CAPTION_PROMPTS), self.caption(photo))
 
     def conversation(self, photo: Photo, rng: random.Random) -> list[Question]:
@@ -154,6 +155,7 @@ class Asker:
 
 
 def with_article(noun: str) -> str:
+    """The noun behind its "a" or "an"."""
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
