@@ -169,11 +169,6 @@ def test_hits_count_only_patches_that_carry_something(model, processor):
             assert 0 <= hits[b, g, 0] <= hits[b, g, 1]
 
 
-def test_an_unknown_family_of_turns_lists_the_known_ones():
-    with pytest.raises(ValueError, match="unknown families colours; there are existence, count, colour"):
-        AnswerScenes("train", 0, 1, SIDE, {"colours": 1})
-
-
 @pytest.mark.parametrize(("side", "expected"), [(SIDE, (PATCH, PATCH)), (2 * SIDE, (28, 20))])
 def test_the_square_behind_a_token_is_told_from_the_processor(checkpoints, side, expected):
     # Of the larger picture CLIP's processor makes 5 x 5 tokens again, that of the ViT-UHD as many as it may, 7 x 7.

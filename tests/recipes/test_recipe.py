@@ -11,7 +11,7 @@ from mllm_vision.cli import app
 from mllm_vision.recipes.data import DataSource
 from mllm_vision.recipes.lora import LoraSpec
 from mllm_vision.recipes.recipe import RECIPES, load_recipe, recipe_names, recipe_title
-from mllm_vision.recipes.stages import ConversationsStage
+from mllm_vision.recipes.stages import AnswersStage, ConversationsStage
 from mllm_vision.recipes.uhd_tower import UHDTowerSpec
 
 BATCH = re.compile(r"^# Batch +(\d+) = (\d+) rows x (\d+) accumulated x (\d+) GPU", re.MULTILINE)
@@ -203,3 +203,8 @@ def test_a_recipe_that_lacks_a_key_says_which(tmp_path):
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(raw))
     with pytest.raises(ValueError, match="lacks name"):
         load_recipe(tmp_path / "mine.yaml")
+
+
+def test_an_unknown_family_of_turns_lists_the_known_ones():
+    with pytest.raises(ValueError, match="unknown family colours; there are existence, count, colour"):
+        AnswersStage(name="answers", trains=["projector"], turns={"colours": 1}, arguments={"max_steps": 1})
