@@ -89,7 +89,8 @@ class RecipeTrainer(Trainer):
             values = ", ".join(str(value) for value, _ in told)
             rows = ", ".join(row for _, rows in told for row in rows)
             raise FloatingPointError(
-                f"the loss of step {self.state.global_step + 1} is {values}" + (f"; its rows are {rows}" if rows else "")
+                f"the loss of step {self.state.global_step + 1} is {values}"
+                + (f"; its rows are {rows}" if rows else "")
             )
         return loss
 
@@ -178,9 +179,7 @@ class JSONLog(TrainerCallback):
             written.write_text("".join(kept), encoding="utf-8")
             written.replace(self.file)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         control.should_log |= control.should_save
 
     def on_epoch_end(

@@ -115,6 +115,20 @@ def test_the_launch_configurations_are_ones_that_accelerate_reads():
 
 
 @pytest.mark.slow
+def test_two_processes_share_a_stream(recipe, tmp_path):
+    plan = json.loads(recipe.read_text())
+    del plan["stages"][1]
+    plan["stages"][0]["data"] = [{**source, "streaming": True, "weight": 1.0} for source in plan["stages"][0]["data"]]
+    streamed = tmp_path / "streamed.yaml"
+    streamed.write_text(json.dumps(plan))
+    said = [*NO_DROPOUT[1:], "stages.all.arguments.max_steps=3", "stages.all.arguments.logging_steps=1"]
+    train(streamed, [f"output={tmp_path / 'one'}", *said])
+    two = [f"output={tmp_path / 'two'}", *said, "stages.all.arguments.per_device_train_batch_size=2"]
+    assert [ended.error for ended in run(streamed, two, processes=2)] == ["", ""]
+    assert_learns_the_same(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.slow
 def test_two_processes_resume_together(recipe, tmp_path):
     train_two = {"processes": 2, "seconds": 120}
     assert {ended.code for ended in run(recipe, [f"output={tmp_path / 'unbroken'}", *HALF], **train_two)} == {0}
