@@ -51,6 +51,8 @@ class RecipeTrainer(Trainer):
         sampler: The order of the training rows, None for the Trainer's own.
     """
 
+    optimizer: torch.optim.Optimizer | None
+
     def __init__(self, *args: Any, stage: Stage, sampler: Sampler[int] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.stage, self.sampler = stage, sampler

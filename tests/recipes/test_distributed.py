@@ -1,4 +1,4 @@
-"""Several processes learn what one learns from the same rows, by copies of the model (DDP) or by shares of it (FSDP)."""
+"""Several processes learn what one learns from the same rows, by copies of the model (DDP) or shares of it (FSDP)."""
 
 import json
 from importlib.resources import files

@@ -1,4 +1,4 @@
-"""What saves memory changes what is learnt no more than it says: gradient checkpointing, 4 bit, an optimiser of 8 bit."""
+"""What saves memory changes what is learnt no more than it says: gradient checkpointing, 4 bit, 8-bit optimisers."""
 
 import json
 

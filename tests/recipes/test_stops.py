@@ -1,5 +1,6 @@
 """What cannot go well stops a run, before it begins where that can be known, and says what to do."""
 
+import json
 import shutil
 import sys
 from types import SimpleNamespace
@@ -41,7 +42,7 @@ def stop(*args, **kwargs):
 @pytest.mark.parametrize("where", ["file", "file/run"])
 def test_an_output_that_cannot_be_written_is_found_before_anything_loads(recipe, tmp_path, nothing_loads, where):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(OSError, match="cannot be written to: .*; choose another output"):
+    with pytest.raises(OSError, match=r"cannot be written to: .*; choose another output"):
         train(recipe, [f"output={tmp_path / where}"])
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -119,7 +120,7 @@ def test_a_gradient_that_is_no_number_stops_before_a_weight_takes_it_in(recipe, 
 
     monkeypatch.setattr(RecipeTrainer, "compute_loss", steep)
     monkeypatch.setattr(torch.optim.AdamW, "step", stop)
-    with pytest.raises(FloatingPointError, match="step 1 is finite, but the norm of its gradient is .*; lower"):
+    with pytest.raises(FloatingPointError, match=r"step 1 is finite, but the norm of its gradient is .*; lower"):
         train(recipe, [f"output={tmp_path / 'run'}"])
 
 
@@ -165,3 +166,14 @@ def test_every_stage_reports_under_its_name_and_tensorboard_files_stay(recipe, t
     told = [[(name.format(s), *rest) for name, *rest in stage] + ["finished"] for s in ("all", "lora")]
     assert runs == told[0] + told[1]
     assert folders == [str(output / "tensorboard" / stage) for stage in ("all", "lora")]
+
+
+def test_rows_of_text_alone_do_not_stop_a_projector_from_learning(recipe, tmp_path):
+    plan = json.loads(recipe.read_text())
+    alone = tmp_path / "projector.yaml"
+    alone.write_text(json.dumps({**plan, "stages": [{**plan["stages"][0], "trains": ["projector"]}]}))
+    output = tmp_path / "run"
+    train(alone, [f"output={output}", "stages.all.arguments.max_steps=5", "stages.all.arguments.logging_steps=1"])
+    norms = [row["grad_norm"] for row in logged(output)["all.log.jsonl"]]
+    assert 0.0 in norms, "a batch of text alone has nothing to teach a projector"
+    assert max(norms) > 0
