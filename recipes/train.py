@@ -22,7 +22,7 @@ import yaml
 from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel, ProcessorMixin, TrainingArguments, set_seed
-from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
+from transformers.integrations import TensorBoardCallback, WandbCallback, get_reporting_integration_callbacks
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -222,6 +222,9 @@ def _run_stage(
     with cached_tower(trained) if getattr(stage, "cache_tower", False) else nullcontext():
         trainer.train(resume_from_checkpoint=latest)
     seconds = None if latest else round(time.monotonic() - started)  # a resumed run has no one wall time
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, WandbCallback):
+            callback._wandb.finish()  # else the next stage would go on in this one's run, its steps from 1 again
     _save(trainer, model, trained, processor, partial, base)
     if arguments.should_save:
         record = {
