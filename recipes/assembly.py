@@ -53,22 +53,34 @@ class AssemblySpec(Settings):
         return ASSEMBLED + spec(self.tower, {k: v for k, v in vars(self).items() if k != "tower"})
 
 
-def assembled(line: str, **options: Any) -> tuple[PreTrainedModel, ProcessorMixin]:
+def assembled(
+    line: str, *, dtype: torch.dtype | str = "auto", device_map: Any = None, **others: Any
+) -> tuple[PreTrainedModel, ProcessorMixin]:
     """The model that `AssemblySpec.line` names.
 
     Args:
-        options: As for `from_pretrained`, of which an assembled model takes ``dtype`` alone.
+        dtype: Of the weights, as for `from_pretrained`; "auto" is float32.
+        device_map: One device, as such or as a map to it alone; "auto" is an accelerator, where there is one.
+        others: What `from_pretrained` takes besides, and an assembled model does not.
 
     Raises:
-        ValueError: another option.
+        ValueError: another option, or a device map of several devices.
     """
     tower, settings = parse_spec(line.removeprefix(ASSEMBLED))
-    if others := sorted(set(options) - {"dtype"}):
+    if isinstance(device_map, dict):
+        device_map, *further = set(device_map.values())
+        others |= {"device_map of several devices": further} if further else {}
+    if others:
         raise ValueError(
             f"the base is assembled of {tower} and {settings['language']}, which takes no "
-            f"{', '.join(others)}; assemble it into a folder, and load with base= that folder"
+            f"{', '.join(sorted(others))}; assemble it into a folder, and load with base= that folder"
         )
-    return assemble(**vars(AssemblySpec(tower=tower, **settings)), **options)
+    if isinstance(dtype, str):
+        dtype = torch.float32 if dtype == "auto" else getattr(torch, dtype)
+    model, processor = assemble(**vars(AssemblySpec(tower=tower, **settings)), dtype=dtype)
+    if device_map == "auto":
+        device_map = torch.accelerator.current_accelerator(check_available=True)
+    return (model if device_map is None else model.to(device_map)), processor
 
 
 WITH_IMAGES = (

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
-from mllm_vision.adapter_folder import Base, adapter_folder
+from mllm_vision.adapter_folder import ASSEMBLED, Base, adapter_folder
 from mllm_vision.api import load, source_of
 from mllm_vision.convert import check_empty, whole_folder
 
@@ -49,7 +49,8 @@ def merge(
     for source in (folder, below):
         if Path(source).exists() and out.resolve() == Path(source).resolve():
             raise FileExistsError(f"{out} is what is merged; choose another folder")
-    model, processor = load(folder, base=below, dtype=dtype, config=_full_precision(below))
+    config = {} if str(below).startswith(ASSEMBLED) else {"config": _full_precision(below)}
+    model, processor = load(folder, base=below, dtype=dtype, **config)
     merged = model.merge_and_unload(safe_merge=True)
     with whole_folder(out) as scratch:
         merged.save_pretrained(scratch)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, ProcessorMixin, TrainingArguments
 
 import mllm_vision as mv
 from mllm_vision.convert import whole_folder
@@ -29,58 +30,62 @@ def publish(plan: Recipe, name: str, stages: list[Path], final: Path, arguments:
         name: The recipe's name, for the card.
         stages: Folders of the finished stages, in order.
         final: A folder that does not exist; it appears only when all of it is written.
-        arguments: Say which of several processes writes; all of them answer questions.
+        arguments: Says which of several processes writes; all of them answer questions.
 
     Returns:
         `final`.
     """
     records = [json.loads((stage / STAGE_RECORD).read_text(encoding="utf-8")) for stage in stages]
-    facts = {
-        "recipe": name,
-        "seed": plan.seed,
-        "about": plan.about,
-        "card": plan.card,
-        "note": plan.note,
-        "base": plan.base,
-        "methods": plan.methods,
-        "adapter": plan.stages[-1].lora is not None,
-        "parameters": records[-1]["parameters"],
-        "stages": records,
-        "task": plan.task,
-        "scores": _scores(plan, stages[-1], arguments.device),
-        **environment(),
-    }
+    trained, is_adapter = stages[-1], plan.stages[-1].lora is not None
     if arguments.should_save:
         for cut_off in final.parent.glob(f".{final.name}-*"):  # by an end of the process while it wrote here
             shutil.rmtree(cut_off)
-        with whole_folder(final) as folder:
-            if facts["adapter"]:
-                shutil.copytree(stages[-1], folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(STAGE_RECORD))
-            else:
-                _write_model(plan, stages[-1], folder)
+    with whole_folder(final) if arguments.should_save else nullcontext() as folder:
+        # Once: what is written as it is stored is asked questions afterwards.
+        loaded = mv.load(trained, dtype=_stored(plan)) if plan.task is not None or not is_adapter else None
+        if folder is not None and is_adapter:
+            shutil.copytree(trained, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(STAGE_RECORD))
+        elif folder is not None and loaded is not None:
+            _write_model(*loaded, folder)
+        facts = {
+            "recipe": name,
+            "seed": plan.seed,
+            "about": plan.about,
+            "card": plan.card,
+            "note": plan.note,
+            "base": plan.base,
+            "methods": plan.methods,
+            "adapter": is_adapter,
+            "parameters": records[-1]["parameters"],
+            "stages": records,
+            "task": plan.task,
+            "scores": {} if loaded is None else _scores(plan, *loaded, arguments.device),
+            **environment(),
+        }
+        if folder is not None:
             (folder / SCORES).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
             (folder / "README.md").write_text(model_card(facts), encoding="utf-8")
     return final
 
 
-def _scores(plan: Recipe, folder: Path, device: torch.device) -> dict[str, Any]:
-    """Of the weights as they will be published, in single precision on a processor, where half is slow."""
-    if plan.task is None:
-        return {}
-    model, processor = mv.load(folder, dtype=_stored(plan))
-    model = model.float() if device.type == "cpu" else model.to(device)
-    (task,) = parse_tasks(plan.task)
-    return evaluate(model, processor, task, batch_size=32, data=plan.data).tasks[task.name].values()
-
-
-def _write_model(plan: Recipe, trained: Path, folder: Path) -> None:
-    model, processor = mv.load(trained, dtype=_stored(plan))
+def _write_model(model: PreTrainedModel, processor: ProcessorMixin, folder: Path) -> None:
     model.save_pretrained(folder)
-    if _stored(plan) is torch.float16:  # on disk; in memory it is single, for half is slow on a processor
+    if model.dtype is torch.float16:  # on disk; in memory it is single, for half is slow on a processor
         for config in (model.config, model.config.text_config, model.config.vision_config):
             config.dtype = torch.float32
         model.config.save_pretrained(folder)
     processor.save_pretrained(folder)
+
+
+def _scores(
+    plan: Recipe, model: PreTrainedModel, processor: ProcessorMixin, device: torch.device
+) -> dict[str, dict[str, Any]]:
+    """Of the weights as they are published, in single precision on a processor, where half is slow."""
+    if plan.task is None:
+        return {}
+    model = model.float() if device.type == "cpu" else model.to(device)
+    (task,) = parse_tasks(plan.task)
+    return evaluate(model, processor, task, batch_size=32, data=plan.data).tasks[task.name].values()
 
 
 def _stored(plan: Recipe) -> torch.dtype:
@@ -122,7 +127,6 @@ processor = AutoProcessor.from_pretrained(folder)
 _USE_ADAPTER = """\
 ```python
 import mllm_vision as mv
-from mllm_vision.convert import whole_folder
 
 model, processor = mv.load(folder)  # the model it was trained on, its methods and this adapter
 ```

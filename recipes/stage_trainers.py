@@ -29,7 +29,14 @@ from mllm_vision.recipes.objectives import (
     token_side,
 )
 from mllm_vision.recipes.recipe import Recipe
-from mllm_vision.recipes.stages import AnswersStage, ConversationsStage, ObjectWordsStage, PatchWordsStage, Stage
+from mllm_vision.recipes.stages import (
+    AnswersStage,
+    ConversationsStage,
+    FilesStage,
+    ObjectWordsStage,
+    PatchWordsStage,
+    Stage,
+)
 from mllm_vision.recipes.trainer import AskingTrainer, RecipeTrainer, rows_a_step
 from mllm_vision.slotted import SlottedModel
 
@@ -53,7 +60,7 @@ def trainer_for(
 
 
 @trainer_for.register
-def _(
+def patch_words_trainer(
     stage: PatchWordsStage,
     plan: Recipe,
     model: PreTrainedModel,
@@ -78,7 +85,7 @@ def _(
 
 
 @trainer_for.register
-def _(
+def object_words_trainer(
     stage: ObjectWordsStage,
     plan: Recipe,
     model: PreTrainedModel,
@@ -94,14 +101,14 @@ def _(
         arguments,
         stage=stage,
         data_collator=photo_patch_batch,
-        train_dataset=_cached(stage.cache_tower, rows, plan, model),
-        eval_dataset=_cached(stage.cache_tower, held_out, plan, model),
+        train_dataset=_cached(stage, rows, plan, model),
+        eval_dataset=_cached(stage, held_out, plan, model),
         compute_metrics=partial(_share_right, object_words.HITS),
     )
 
 
 @trainer_for.register
-def _(
+def answers_trainer(
     stage: AnswersStage, plan: Recipe, model: PreTrainedModel, processor: ProcessorMixin, arguments: TrainingArguments
 ) -> RecipeTrainer:
     scenes: dict[str, Any] = {"side": plan.side, "text_scale": plan.text_scale, "turns": stage.turns}
@@ -126,7 +133,7 @@ def _(
 
 
 @trainer_for.register
-def _(
+def conversations_trainer(
     stage: ConversationsStage,
     plan: Recipe,
     model: PreTrainedModel,
@@ -152,8 +159,8 @@ def _(
         stage=stage,
         sampler=sampler,
         data_collator=ChatCollator(processor, pack=stage.pack, dtype=find_host(model).dtype, blank_image=blank),
-        train_dataset=_cached(stage.cache_tower, rows, plan, model),
-        eval_dataset=None if held_out is None else _cached(stage.cache_tower, held_out, plan, model),
+        train_dataset=_cached(stage, rows, plan, model),
+        eval_dataset=None if held_out is None else _cached(stage, held_out, plan, model),
         processing_class=processor,
     )
 
@@ -163,9 +170,9 @@ def _scenes(arguments: TrainingArguments) -> int:
     return arguments.max_steps * rows_a_step(arguments)
 
 
-def _cached(wanted: bool, rows: Any, plan: Recipe, model: PreTrainedModel) -> Any:
-    """``rows``, with features of the tower in place of pictures where that is wanted; all stages share them."""
-    return cached_rows(rows, model, Path(plan.output) / FEATURES) if wanted else rows
+def _cached(stage: FilesStage, rows: Any, plan: Recipe, model: PreTrainedModel) -> Any:
+    """``rows``, with features of the tower in place of pictures where the stage wants it; all stages share them."""
+    return cached_rows(rows, model, Path(plan.output) / FEATURES) if stage.cache_tower else rows
 
 
 def _language_learns(model: nn.Module) -> bool:

@@ -57,29 +57,53 @@ class Stage(Settings):
             if unknown := sorted(set(getattr(self, kind)) - set(PARTS)):
                 raise ValueError(f"{where}.{kind}: unknown part {', '.join(unknown)}; there are {', '.join(PARTS)}")
 
-    def _check_cache(self, wanted: bool) -> None:
-        if wanted and ("tower" in self.trains or (self.lora is not None and "tower" in self.lora.parts)):
+
+@dataclass(kw_only=True)
+class ScenesStage(Stage):
+    """What stages on drawn scenes have, which are without end, so that the stage says how many steps it takes.
+
+    Args:
+        first_scene: Index of the first training scene. Stages with ranges apart see different pictures.
+    """
+
+    first_scene: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_steps(self, "scenes have no epochs")
+
+
+@dataclass(kw_only=True)
+class FilesStage(Stage):
+    """What stages on pictures that lie somewhere have.
+
+    Args:
+        cache_tower: Whether the frozen tower sees every picture once, its features kept on disk.
+    """
+
+    cache_tower: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.cache_tower and ("tower" in self.trains or (self.lora is not None and "tower" in self.lora.parts)):
             raise ValueError(f"stages.{self.name}.cache_tower needs a frozen tower, but the stage trains it")
 
 
 @dataclass(kw_only=True)
-class PatchWordsStage(Stage):
+class PatchWordsStage(ScenesStage):
     """The words of what lies under each patch of drawn scenes, said by the tower through the projector.
 
     Args:
-        first_scene: Index of the first training scene. Stages with ranges apart see different pictures.
         logit_scale: What the product of a feature and the embedding of a word is multiplied by. Word embeddings of a
             new model have a length of 0.02 * sqrt(256) = 0.3: a feature that is the sum of its words scores 10 at 100.
             In a trained model both have grown; 1 leaves its features as long as they are.
     """
 
     objective: Literal["patch_words"] = "patch_words"
-    first_scene: int = 0
     logit_scale: float = 100.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_steps(self, "scenes have no epochs")
         if self.lora is not None:
             raise ValueError(f"stages.{self.name}: LoRA needs answers to learn from, got the objective patch_words")
         if self.learning_rates or self.layer_decay:
@@ -87,45 +111,38 @@ class PatchWordsStage(Stage):
 
 
 @dataclass(kw_only=True)
-class ObjectWordsStage(Stage):
+class ObjectWordsStage(FilesStage):
     """The nouns of what lies under each patch of composed photographs, said by the tower through the projector.
 
     Args:
         photos: Folder that `mllm-vision photos` wrote.
-        cache_tower: As in `ConversationsStage`.
     """
 
     objective: Literal["object_words"] = "object_words"
-
     photos: str
-    cache_tower: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_cache(self.cache_tower)
         if self.lora is not None or "language" in self.trains:
             raise ValueError(f"stages.{self.name}: the language model is not asked here; train tower or projector")
 
 
 @dataclass(kw_only=True)
-class AnswersStage(Stage):
+class AnswersStage(ScenesStage):
     """Questions about drawn scenes and captions, many to a picture.
 
     Args:
-        first_scene: As in `PatchWordsStage`.
         turns: Questions a picture, by family or "caption".
         branches: Whether the questions about a picture are branches of one sequence, each of which sees the picture
             and itself, or turns of a conversation, as methods need that leave other tokens than placeholders.
     """
 
     objective: Literal["answers"] = "answers"
-    first_scene: int = 0
     turns: dict[str, float]
     branches: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_steps(self, "scenes have no epochs")
         known = [*FAMILIES, "caption"]
         if unknown := sorted(set(self.turns) - set(known)):
             raise ValueError(
@@ -134,7 +151,7 @@ class AnswersStage(Stage):
 
 
 @dataclass(kw_only=True)
-class ConversationsStage(Stage):
+class ConversationsStage(FilesStage):
     """Conversations about pictures: the answers are learnt.
 
     Args:
@@ -144,7 +161,6 @@ class ConversationsStage(Stage):
         bad_rows: Whether a row that cannot be used ends the run or is reported and left out.
         pack: Whether the rows of a batch stand behind one another in one sequence, without padding between.
         group_by_modality: Whether batches are made of rows of like length, with pictures or without.
-        cache_tower: Whether the frozen tower sees every picture once, its features kept on disk.
     """
 
     objective: Literal["conversations"] = "conversations"
@@ -154,7 +170,6 @@ class ConversationsStage(Stage):
     bad_rows: Literal["fail", "skip"] = "fail"
     pack: bool = False
     group_by_modality: bool = False
-    cache_tower: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -169,7 +184,6 @@ class ConversationsStage(Stage):
             for name in ("group_by_modality", "cache_tower"):
                 if getattr(self, name):
                     raise ValueError(f"{where}.{name} needs all rows at hand, but its data is streamed")
-        self._check_cache(self.cache_tower)
         evaluates = self.arguments.get("eval_strategy", "no") != "no"
         if evaluates != bool(self.validation):
             raise ValueError(

@@ -39,7 +39,7 @@ from mllm_vision.recipes.publish import STAGE_RECORD, publish
 from mllm_vision.recipes.quantisation import quantised
 from mllm_vision.recipes.recipe import Recipe, load_recipe
 from mllm_vision.recipes.stage_trainers import trainer_for
-from mllm_vision.recipes.stages import ConversationsStage, Stage
+from mllm_vision.recipes.stages import ConversationsStage, FilesStage, Stage
 from mllm_vision.recipes.tiny_model import NewModelSpec, build_model, build_processor
 from mllm_vision.recipes.trainer import JSONLog, RecipeTrainer, rows_a_step, steps_of
 from mllm_vision.recipes.uhd_tower import with_uhd_tower
@@ -219,7 +219,7 @@ def _run_stage(
         _drop_broken(checkpoints)
         require_room(checkpoints, trained, arguments, steps_of(trainer))
     started = time.monotonic()
-    with cached_tower(trained) if getattr(stage, "cache_tower", False) else nullcontext():
+    with cached_tower(trained) if isinstance(stage, FilesStage) and stage.cache_tower else nullcontext():
         trainer.train(resume_from_checkpoint=latest)
     seconds = None if latest else round(time.monotonic() - started)  # a resumed run has no one wall time
     for callback in trainer.callback_handler.callbacks:

@@ -327,5 +327,30 @@ def test_an_adapter_names_what_its_base_is_assembled_of_and_loads_it_anew(parts,
     inputs = processor(images=[picture(0)], text=["<image> what?"], return_tensors="pt")
     with torch.no_grad():
         torch.testing.assert_close(loaded(**inputs).logits, adapted.eval()(**inputs).logits)
-    with pytest.raises(ValueError, match="takes no device_map; assemble it into a folder, and load with base="):
-        mv.load(tmp_path / "adapter", device_map="auto")
+    half, _ = mv.load(tmp_path / "adapter", dtype="bfloat16", device_map={"": "cpu"})
+    assert mv.api.find_host(half).dtype == torch.bfloat16
+    with pytest.raises(
+        ValueError, match="takes no attn_implementation; assemble it into a folder, and load with base="
+    ):
+        mv.load(tmp_path / "adapter", attn_implementation="eager")
+    with pytest.raises(ValueError, match="takes no device_map of several devices; assemble it"):
+        mv.load(tmp_path / "adapter", device_map={"model": "cpu", "lm_head": "disk"})
+
+
+@torch.no_grad()
+def test_an_adapter_on_assembled_parts_is_merged_and_asked_from_the_shell(parts, tmp_path):
+    tower, language = parts("dinov2", "llama-tied")
+    asked = AssemblySpec(tower=str(tower), language=str(language), side=56)
+    torch.manual_seed(1)
+    model, processor = assemble(**vars(asked))
+    adapted = with_lora(model, LoraSpec(r=2, alpha=4, options={"init_lora_weights": False}), ["projector"])
+    save_adapter(adapted, tmp_path / "adapter", asked.line)
+    done = CliRunner().invoke(app, ["merge", str(tmp_path / "adapter"), str(tmp_path / "merged")])
+    assert done.exit_code == 0, done.output
+    merged, _ = mv.load(tmp_path / "merged")
+    inputs = processor(images=[picture(0)], text=["<image> what?"], return_tensors="pt")
+    torch.testing.assert_close(merged(**inputs).logits, adapted.eval()(**inputs).logits, rtol=0, atol=1e-4)
+    picture(0).save(tmp_path / "picture.png")
+    asking = ["ask", str(tmp_path / "adapter"), "--image", str(tmp_path / "picture.png"), "--question", "what is it"]
+    done = CliRunner().invoke(app, asking)
+    assert done.exit_code == 0, done.output
