@@ -22,6 +22,8 @@ from mllm_vision.scenes.draw import REFERENCE_SIDE
 from mllm_vision.settings import Settings
 
 RECIPES = Path(__file__).parent
+LAUNCH = RECIPES / "accelerate"
+"""Folder of the configurations for `accelerate launch`."""
 Dtype = Literal["float32", "bfloat16", "float16"]
 _SUFFIXES = (".yaml", ".yml")
 
@@ -139,13 +141,14 @@ def recipe_title(recipe: str) -> str:
 
 
 def copy_recipe(recipe: str, folder: str | Path) -> Path:
-    """Copy a recipe of the library to ``folder``, to change it there.
+    """Copy a recipe of the library, or one of its launch configurations for accelerate, to ``folder``.
 
     Raises:
-        FileNotFoundError: an unknown recipe.
+        FileNotFoundError: neither is called ``recipe``.
         FileExistsError: there is a file of its name already.
     """
-    source = recipe_file(recipe)
+    launch = LAUNCH / f"{recipe}.yaml"
+    source = launch if launch.is_file() else recipe_file(recipe)
     target = Path(folder) / source.name
     if target.exists():
         raise FileExistsError(f"{target} exists; move it away first")
@@ -166,7 +169,7 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         ValueError: an unknown key, a value of the wrong type, or a contradiction.
     """
     path = recipe_file(recipe)
-    raw = _read(path.read_text(encoding="utf-8"))
+    raw = _unshared(_read(path.read_text(encoding="utf-8")))
     for override in overrides:
         _override(raw, override)
     return _built(Recipe, raw, str(path))
@@ -184,6 +187,13 @@ _Loader.add_implicit_resolver(
 
 def _read(text: str) -> Any:
     return yaml.load(text, _Loader)
+
+
+def _unshared(value: Any) -> Any:
+    """A copy in which what YAML anchors share stands several times, so that an override changes one of them."""
+    if isinstance(value, dict):
+        return {key: _unshared(item) for key, item in value.items()}
+    return [_unshared(item) for item in value] if isinstance(value, list) else value
 
 
 def _override(raw: dict[str, Any], override: str) -> None:

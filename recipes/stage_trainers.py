@@ -15,7 +15,7 @@ from mllm_vision.api import find_host
 from mllm_vision.eval.tasks.scenes import Scenes
 from mllm_vision.host import adapter_for, without_peft
 from mllm_vision.recipes.cached_tower import cached_rows
-from mllm_vision.recipes.data import ChatCollator, ModalityLengthSampler, RowEncoder, TrainingRows, training_rows
+from mllm_vision.recipes.data import ChatCollator, ModalityLengthSampler, RowEncoder, StreamedRows, training_rows
 from mllm_vision.recipes.object_words import PATCHES, ObjectWords, PhotoPatches, nouns_of, photo_patch_batch
 from mllm_vision.recipes.objectives import (
     HITS,
@@ -143,13 +143,13 @@ def conversations_trainer(
     rows = training_rows(stage.data, processor, **options)
     held_out = training_rows(stage.validation, processor, **options) if stage.validation else None
     sampler = None
-    if stage.group_by_modality and isinstance(rows, TrainingRows):
+    if isinstance(rows, StreamedRows):
+        # Else the first process reads for all, and joins their rows, which are not padded alike, to hand them out.
+        arguments.accelerator_config.dispatch_batches = False
+    elif stage.group_by_modality:
         sampler = ModalityLengthSampler(
             rows, arguments.train_batch_size, processes=arguments.world_size, seed=plan.seed
         )
-    if stage.data[0].streaming:
-        # Else the first process reads for all, and joins their rows, which are not padded alike, to hand them out.
-        arguments.accelerator_config.dispatch_batches = False
     blank = arguments.world_size > 1 or not _language_learns(model)
     arguments.prediction_loss_only = True
     return RecipeTrainer(

@@ -22,7 +22,7 @@ import yaml
 from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel, ProcessorMixin, TrainingArguments, set_seed
-from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
+from transformers.integrations import TensorBoardCallback, WandbCallback, get_reporting_integration_callbacks
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 import mllm_vision as mv
@@ -223,6 +223,9 @@ def _run_stage(
     with cached_tower(trained) if isinstance(stage, FilesStage) and stage.cache_tower else nullcontext():
         trainer.train(resume_from_checkpoint=latest)
     seconds = None if latest else round(time.monotonic() - started)  # a resumed run has no one wall time
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, WandbCallback):
+            callback._wandb.finish()  # else the next stage would go on in this one's run, its steps from 1 again
     _save(trainer, model, trained, processor, partial, base)
     if arguments.should_save:
         record = {

@@ -25,10 +25,13 @@ def train(
     overwrite: Overwrite = False,
 ) -> None:
     """Run a training recipe, or go on with it where it stopped."""
+    from accelerate import PartialState
+
     from mllm_vision.recipes import train as training
 
     folder = training.train(recipe, [*(overrides or []), *["overwrite=true"] * overwrite])
-    typer.echo(folder)
+    if PartialState().is_main_process:
+        typer.echo(folder)
 
 
 def recipes() -> None:
@@ -49,7 +52,13 @@ recipe = typer.Typer(help="Take recipes along.", no_args_is_help=True)
 
 @recipe.command()
 def copy(
-    name: Annotated[str, typer.Argument(help="As `mllm-vision recipes` lists it.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="As `mllm-vision recipes` lists it; or a configuration for `accelerate launch`: ddp, fsdp2, "
+            "deepspeed_zero2, deepspeed_zero3."
+        ),
+    ],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to copy its YAML file to.")],
 ) -> None:
     """Copy a recipe, to change it and to train it by its path."""

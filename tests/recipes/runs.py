@@ -4,7 +4,6 @@ import json
 import os
 import signal
 
-import yaml
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
@@ -56,7 +55,7 @@ def write_recipe(folder, **changed):
         **changed,
     }
     path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe))
+    path.write_text(json.dumps(recipe))  # which is YAML, and has no aliases, by which stages would share settings
     return path
 
 

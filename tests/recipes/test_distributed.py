@@ -1,4 +1,4 @@
-"""Several processes learn what one learns from the same rows, each with the whole model (DDP) or a share (FSDP)."""
+"""Several processes learn what one learns from the same rows, by copies of the model (DDP) or shares of it (FSDP)."""
 
 import json
 from importlib.resources import files
@@ -112,6 +112,20 @@ def test_the_launch_configurations_are_ones_that_accelerate_reads():
     assert configs["fsdp2.yaml"].fsdp_config["fsdp_version"] == 2
     for stage in (2, 3):
         assert configs[f"deepspeed_zero{stage}.yaml"].deepspeed_config["zero_stage"] == stage
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_stream(recipe, tmp_path):
+    plan = json.loads(recipe.read_text())
+    del plan["stages"][1]
+    plan["stages"][0]["data"] = [{**source, "streaming": True, "weight": 1.0} for source in plan["stages"][0]["data"]]
+    streamed = tmp_path / "streamed.yaml"
+    streamed.write_text(json.dumps(plan))
+    said = [*NO_DROPOUT[1:], "stages.all.arguments.max_steps=3", "stages.all.arguments.logging_steps=1"]
+    train(streamed, [f"output={tmp_path / 'one'}", *said])
+    two = [f"output={tmp_path / 'two'}", *said, "stages.all.arguments.per_device_train_batch_size=2"]
+    assert [ended.error for ended in run(streamed, two, processes=2)] == ["", ""]
+    assert_learns_the_same(tmp_path / "two", tmp_path / "one")
 
 
 @pytest.mark.slow

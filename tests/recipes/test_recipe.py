@@ -167,6 +167,20 @@ def test_what_cannot_be_is_said_before_anything_is_loaded(chat, overrides, messa
         load_recipe(chat, overrides)
 
 
+def test_an_override_changes_one_of_what_anchors_share(chat):
+    raw = chat.read_text().replace("arguments: {", "arguments: &shared {")
+    more = (
+        raw[raw.index("  - name: chat") :]
+        .replace("name: chat", "name: first")
+        .replace("    lora: {r: 8, alpha: 16}\n", "")
+    )
+    chat.write_text(raw.replace("  - name: chat", more.replace("&shared", "&first") + "  - name: chat"))
+    chat.write_text(chat.read_text().replace("arguments: &shared {learning_rate: 2e-4}", "arguments: *first"))
+    first, second = load_recipe(chat, ["stages.first.arguments.max_steps=3"]).stages
+    assert first.arguments == {"learning_rate": 2e-4, "max_steps": 3}
+    assert second.arguments == {"learning_rate": 2e-4}
+
+
 def test_lora_comes_last(chat):
     raw = yaml.safe_load(chat.read_text())
     raw["stages"].append({**raw["stages"][0], "name": "more", "lora": None})
@@ -188,6 +202,8 @@ def test_recipes_are_listed_with_what_they_are_for_and_taken_along(tmp_path):
     path = tmp_path / "mine" / "tiny_llava_scenes.yaml"
     assert copied.output.strip() == str(path)
     assert load_recipe(path) == load_recipe("tiny_llava_scenes")
+    launch = CliRunner().invoke(app, ["recipe", "copy", "fsdp2", str(tmp_path / "mine")])
+    assert launch.output.strip() == str(tmp_path / "mine" / "fsdp2.yaml")
     again = CliRunner().invoke(app, ["recipe", "copy", "tiny_llava_scenes", str(tmp_path / "mine")])
     assert (again.exit_code, "exists; move it away first" in again.output) == (1, True)
 

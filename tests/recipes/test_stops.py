@@ -1,0 +1,179 @@
+"""What cannot go well stops a run, before it begins where that can be known, and says what to do."""
+
+import json
+import shutil
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import Trainer, TrainerCallback
+from transformers.integrations import integration_utils
+
+import mllm_vision.recipes.disk as disk_module
+import mllm_vision.recipes.train as train_module
+from mllm_vision.recipes.disk import bytes_to_save, require_room
+from mllm_vision.recipes.train import train
+from mllm_vision.recipes.trainer import RecipeTrainer
+from tests.recipes.runs import in_stages, logged, saved, write_recipe
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    return write_recipe(tmp_path_factory.mktemp("recipe"))
+
+
+@pytest.fixture
+def nothing_loads(monkeypatch):
+    def loaded(*args):
+        raise AssertionError("something was loaded")
+
+    monkeypatch.setattr(train_module, "_beginning", loaded)
+
+
+class Stopped(BaseException):
+    """Ends a run where a test has seen enough."""
+
+
+def stop(*args, **kwargs):
+    raise Stopped
+
+
+@pytest.mark.parametrize("where", ["file", "file/run"])
+def test_an_output_that_cannot_be_written_is_found_before_anything_loads(recipe, tmp_path, nothing_loads, where):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OSError, match=r"cannot be written to: .*; choose another output"):
+        train(recipe, [f"output={tmp_path / where}"])
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_full_disk_is_found_before_training(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(RecipeTrainer, "train", stop)
+    monkeypatch.setattr(disk_module.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    with pytest.raises(OSError, match=r"has 0.0 GB free, but .* choose another output, or keep fewer checkpoints"):
+        train(recipe, [f"output={tmp_path / 'run'}"])
+
+
+def test_what_a_run_saves_was_foreseen(recipe, tmp_path, monkeypatch):
+    """Checkpoints at the end of a stage are those that stay; while one is written, there is one more."""
+    foreseen = []
+
+    def noted(folder, model, arguments, steps):
+        foreseen.append((bytes_to_save(model, arguments, steps), model, arguments))
+
+    monkeypatch.setattr(train_module, "require_room", noted)
+    monkeypatch.setattr(train_module, "_save", stop)
+    wide = ["model.text.hidden_size=128", "model.text.intermediate_size=512"]
+    with pytest.raises(Stopped):
+        train(recipe, [f"output={tmp_path / 'run'}", *wide, *in_stages("save_total_limit=2", "save_steps=1")])
+    checkpoints = tmp_path / "run" / "all.checkpoints"
+    written = sum(path.stat().st_size for path in checkpoints.rglob("*") if path.is_file())
+    ((most, model, arguments),) = foreseen
+    assert written == pytest.approx(most * 2 / 3, rel=0.1)
+    # A run that goes on needs room for what is not there yet.
+    free = most - written
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+    require_room(checkpoints, model, arguments, 4)
+    free -= 1
+    with pytest.raises(OSError, match="GB free"):
+        require_room(checkpoints, model, arguments, 4)
+
+
+@pytest.mark.parametrize(
+    ("limit", "every", "strategy", "checkpoints"),
+    [(1, 10, "steps", 2), (None, 10, "steps", 11), (3, 10, "steps", 4), (5, 60, "steps", 3), (None, 0.5, "steps", 3)],
+)
+def test_room_is_for_the_checkpoints_that_stay_and_the_next(tmp_path, limit, every, strategy, checkpoints):
+    model = torch.nn.Linear(9, 1)  # 10 weights: 40 bytes, and 80 of moments
+    arguments = train_module.TrainingArguments(
+        str(tmp_path), save_total_limit=limit, save_steps=every, save_strategy=strategy, use_cpu=True
+    )
+    assert bytes_to_save(model, arguments, 100) == checkpoints * 120
+
+
+def test_a_loss_that_is_no_number_names_its_rows_and_the_mended_run_goes_on(recipe, tmp_path, monkeypatch):
+    short = ["stages.lora.arguments.max_steps=1", *in_stages("save_steps=1")]
+    train(recipe, [f"output={tmp_path / 'sound'}", *short])
+    original = Trainer.compute_loss
+
+    def broken(self, model, inputs, *args, **kwargs):
+        loss = original(self, model, inputs, *args, **kwargs)
+        return loss / 0 if self.state.global_step == 2 else loss
+
+    output = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(RecipeTrainer, "compute_loss", broken)
+        with pytest.raises(FloatingPointError, match=r"loss of step 3 is inf; its rows are train-\d+(, train-\d+){3}$"):
+            train(recipe, [f"output={output}", *short])
+    train(recipe, [f"output={output}", *short])
+    assert logged(output) == logged(tmp_path / "sound")
+    expected = saved(tmp_path / "sound" / "model")
+    assert all(torch.equal(value, expected[name]) for name, value in saved(output / "model").items())
+
+
+def test_a_gradient_that_is_no_number_stops_before_a_weight_takes_it_in(recipe, tmp_path, monkeypatch):
+    original = Trainer.compute_loss
+
+    def steep(self, model, *args, **kwargs):
+        first = next(parameter for parameter in model.parameters() if parameter.requires_grad)
+        return original(self, model, *args, **kwargs) + (first.sum() * 0).sqrt()  # 0, rising without end
+
+    monkeypatch.setattr(RecipeTrainer, "compute_loss", steep)
+    monkeypatch.setattr(torch.optim.AdamW, "step", stop)
+    with pytest.raises(FloatingPointError, match=r"step 1 is finite, but the norm of its gradient is .*; lower"):
+        train(recipe, [f"output={tmp_path / 'run'}"])
+
+
+def test_a_reporter_that_is_not_installed_is_found_before_anything_loads(recipe, tmp_path, nothing_loads, monkeypatch):
+    monkeypatch.setattr(integration_utils, "is_wandb_available", lambda: False)
+    with pytest.raises(RuntimeError, match="pip install wandb"):
+        train(recipe, [f"output={tmp_path / 'run'}", "stages.lora.arguments.report_to=wandb"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_stage_reports_under_its_name_and_tensorboard_files_stay(recipe, tmp_path, monkeypatch):
+    runs, folders = [], []
+
+    class Reporter(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            runs.append((args.run_name, state.global_step, "loss" in logs))
+
+    class SummaryWriter:
+        def __init__(self, log_dir):
+            folders.append(log_dir)
+
+        def __getattr__(self, name):
+            return lambda *args, **kwargs: None
+
+    class WandbCallback(integration_utils.WandbCallback):
+        def __init__(self):
+            self._wandb = SimpleNamespace(finish=lambda: runs.append("finished"))
+
+        def __getattribute__(self, name):
+            return (lambda *args, **kwargs: None) if name.startswith("on_") else super().__getattribute__(name)
+
+    kinds = {"trackio": Reporter, "wandb": WandbCallback}
+    monkeypatch.setattr(
+        integration_utils, "INTEGRATION_TO_CALLBACK", {**integration_utils.INTEGRATION_TO_CALLBACK, **kinds}
+    )
+    monkeypatch.setattr(train_module, "WandbCallback", WandbCallback)
+    monkeypatch.setattr(integration_utils, "is_tensorboard_available", lambda: True)
+    for package in ("torch.utils.tensorboard", "tensorboardX"):
+        monkeypatch.setitem(sys.modules, package, SimpleNamespace(SummaryWriter=SummaryWriter))
+    output = tmp_path / "night"
+    train(recipe, [f"output={output}", *in_stages("report_to=[tensorboard, wandb, trackio]", "max_steps=1")])
+    stage = [("night-{}", 1, True), ("night-{}", 1, False)]
+    told = [[(name.format(s), *rest) for name, *rest in stage] + ["finished"] for s in ("all", "lora")]
+    assert runs == told[0] + told[1]
+    assert folders == [str(output / "tensorboard" / stage) for stage in ("all", "lora")]
+
+
+def test_rows_of_text_alone_do_not_stop_a_projector_from_learning(recipe, tmp_path):
+    plan = json.loads(recipe.read_text())
+    alone = tmp_path / "projector.yaml"
+    alone.write_text(json.dumps({**plan, "stages": [{**plan["stages"][0], "trains": ["projector"]}]}))
+    output = tmp_path / "run"
+    train(alone, [f"output={output}", "stages.all.arguments.max_steps=5", "stages.all.arguments.logging_steps=1"])
+    norms = [row["grad_norm"] for row in logged(output)["all.log.jsonl"]]
+    assert 0.0 in norms, "a batch of text alone has nothing to teach a projector"
+    assert max(norms) > 0
