@@ -228,16 +228,7 @@ def _run_stage(
             callback._wandb.finish()  # else the next stage would go on in this one's run, its steps from 1 again
     _save(trainer, model, trained, processor, partial, base)
     if arguments.should_save:
-        record = {
-            "name": stage.name,
-            "steps": trainer.state.global_step,
-            "rows": trainer.state.global_step * rows_a_step(arguments),
-            "skipped": getattr(trainer.train_dataset, "skipped", 0),
-            "trained": sum(parameter.numel() for parameter in trained.parameters() if parameter.requires_grad),
-            "parameters": sum(parameter.numel() for parameter in trained.parameters()),
-            "seconds": seconds,
-            "curve": _held_out_curve(trainer.state.log_history),
-        }
+        record = _record(stage, trainer, trained, seconds)
         (partial / STAGE_RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
         partial.rename(done)
         shutil.rmtree(checkpoints)
@@ -264,15 +255,18 @@ def _save(
         processor.save_pretrained(folder)
 
 
-def _base_name(plan: Recipe, source: str | Path) -> str | Path:
-    """What an adapter calls the model that the run began with: an assembled one can be made again anywhere."""
-    return plan.model.line if isinstance(plan.model, AssemblySpec) else source
-
-
-def _retrains_all(plan: Recipe, stage: Stage) -> bool:
-    """Whether a stage trains in full all that those before it did, so that its adapter fits what they began with."""
-    earlier = {name for other in plan.stages[: plan.stages.index(stage)] for name in other.trains}
-    return earlier <= set(stage.trains)
+def _record(stage: Stage, trainer: RecipeTrainer, trained: nn.Module, seconds: int | None) -> dict[str, Any]:
+    """What is told of a stage, in the model card and by studies; ``seconds`` is None where it was resumed."""
+    return {
+        "name": stage.name,
+        "steps": trainer.state.global_step,
+        "rows": trainer.state.global_step * rows_a_step(trainer.args),
+        "skipped": getattr(trainer.train_dataset, "skipped", 0),
+        "trained": sum(parameter.numel() for parameter in trained.parameters() if parameter.requires_grad),
+        "parameters": sum(parameter.numel() for parameter in trained.parameters()),
+        "seconds": seconds,
+        "curve": _held_out_curve(trainer.state.log_history),
+    }
 
 
 def _held_out_curve(log_history: list[dict[str, float]]) -> list[dict[str, float]]:
@@ -284,3 +278,14 @@ def _held_out_curve(log_history: list[dict[str, float]]) -> list[dict[str, float
             rows.setdefault(entry["step"], {"step": entry["step"]}).update(scores)
     timings = ("runtime", "samples_per_second", "steps_per_second")
     return [{key: value for key, value in row.items() if key not in timings} for row in rows.values()]
+
+
+def _base_name(plan: Recipe, source: str | Path) -> str | Path:
+    """What an adapter calls the model that the run began with: an assembled one can be made again anywhere."""
+    return plan.model.line if isinstance(plan.model, AssemblySpec) else source
+
+
+def _retrains_all(plan: Recipe, stage: Stage) -> bool:
+    """Whether a stage trains in full all that those before it did, so that its adapter fits what they began with."""
+    earlier = {name for other in plan.stages[: plan.stages.index(stage)] for name in other.trains}
+    return earlier <= set(stage.trains)
