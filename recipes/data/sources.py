@@ -101,7 +101,10 @@ class Table:
             features = datasets.Features({"json": datasets.Value("large_string")})
             if next(json_objects(path), None) is None:
                 raise ValueError(_EMPTY.format(source.path))
-            table = datasets.Dataset.from_generator(_json_column, features=features, gen_kwargs=written)
+            try:
+                table = datasets.Dataset.from_generator(_json_column, features=features, gen_kwargs=written)
+            except datasets.exceptions.DatasetGenerationError as error:
+                raise error.__cause__ or error from None  # what is wrong with the file, and where
         else:
             table = _opened(source)
         self._table = table if source.limit is None else table.select(range(min(source.limit, len(table))))
@@ -183,6 +186,9 @@ def _opened(source: DataSource) -> Any:
             raise FileNotFoundError(f"{source.path} is no file; check the path")
         builder, files = _BUILDERS[path.suffix], source.path
         return datasets.load_dataset(builder, data_files=files, split="train", streaming=source.streaming)
+    if path.is_file():
+        known = ", ".join([*_JSON, *_BUILDERS])
+        raise ValueError(f"{source.path} is none of {known}; save its rows as one of these")
     return datasets.load_dataset(source.path, source.name, split=source.split, streaming=source.streaming)
 
 
