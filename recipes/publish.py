@@ -122,7 +122,6 @@ processor = AutoProcessor.from_pretrained(folder)
 _USE_ADAPTER = """\
 ```python
 import mllm_vision as mv
-from mllm_vision.convert import whole_folder
 
 model, processor = mv.load(folder)  # the model it was trained on, its methods and this adapter
 ```

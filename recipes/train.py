@@ -124,7 +124,7 @@ def _claim(plan: Recipe, output: Path) -> None:
     record = output / _RECORD
     wanted = yaml.safe_dump({**dataclasses.asdict(plan), "overwrite": False}, sort_keys=False)
     if output.is_dir() and any(output.iterdir()):
-        if not record.is_file():
+        if not _is_record(record):
             raise FileExistsError(f"{output} is not empty and holds no training run; choose another output")
         same = record.read_text(encoding="utf-8") == wanted
         if plan.overwrite or not (same or _has_learnt(output)):
@@ -140,6 +140,17 @@ def _claim(plan: Recipe, output: Path) -> None:
         written.replace(record)
     except OSError as error:
         raise type(error)(f"output {output} cannot be written to: {error}; choose another output") from error
+
+
+def _is_record(record: Path) -> bool:
+    """Whether a run wrote this file, with every key there is, and not a person who keeps a recipe of that name here."""
+    if not record.is_file():
+        return False
+    try:
+        written = yaml.safe_load(record.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return False
+    return isinstance(written, dict) and set(written) == set(Recipe.defaults())
 
 
 def _has_learnt(output: Path) -> bool:
@@ -221,6 +232,8 @@ def _run_stage(
     started = time.monotonic()
     with cached_tower(trained) if getattr(stage, "cache_tower", False) else nullcontext():
         trainer.train(resume_from_checkpoint=latest)
+    if not trainer.state.global_step:  # of a stream whose rows were all left out, which the Trainer takes for an end
+        raise ValueError(f"stages.{stage.name}: there is no good row in the data; see the log for what is wrong")
     seconds = None if latest else round(time.monotonic() - started)  # a resumed run has no one wall time
     _save(trainer, model, trained, processor, partial, base)
     if arguments.should_save:
