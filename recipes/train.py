@@ -62,6 +62,7 @@ def train(recipe: str | Path, overrides: Sequence[str] = ()) -> Path:
 
     Raises:
         FileExistsError: The output holds a finished run, a run of another recipe, or something that is no run.
+        FileNotFoundError: Data of a stage still to be trained that are not there.
         FloatingPointError: A loss that is no number.
         OSError: The output cannot be written to, or has no room for what the run will save.
     """
@@ -71,6 +72,10 @@ def train(recipe: str | Path, overrides: Sequence[str] = ()) -> Path:
     first = arguments[plan.stages[0].name]
     for told in arguments.values():
         _require_reporters(told)
+    for stage in plan.stages:
+        if isinstance(stage, ConversationsStage) and not (output / stage.name).is_dir():
+            for data in (*stage.data, *stage.validation):
+                data.require_files()  # rather now than when the stages ahead have been trained
     if first.should_save:
         _claim(plan, output)
     set_seed(plan.seed)

@@ -62,6 +62,18 @@ class DataSource(Settings):
         if self.format == "conversations" and Path(self.path).suffix not in _JSON:
             raise ValueError(f"conversations must be a .json or .jsonl file, got {self.path}; use format messages")
 
+    def require_files(self) -> None:
+        """Raise where a file or a folder of this machine that it names is not there.
+
+        Raises:
+            FileNotFoundError: says which.
+        """
+        path = Path(self.path)
+        if path.suffix in (*_JSON, *_BUILDERS) and not path.is_file():
+            raise FileNotFoundError(f"{self.path} is no file; check the path")
+        if self.images is not None and not Path(self.images).is_dir():
+            raise FileNotFoundError(f"{self.images}, images of {self.path}, is no folder; check the path")
+
     @property
     def folder(self) -> Path:
         """Where relative names of pictures begin."""

@@ -17,6 +17,7 @@ from mllm_vision.recipes.recipe import load_recipe
 from mllm_vision.recipes.stage_trainers import trainer_for
 from mllm_vision.recipes.train import train
 from mllm_vision.scenes import render, sample_scene
+from tests.recipes.runs import write_recipe
 
 _STAGE = """
   - name: {name}
@@ -230,6 +231,20 @@ def test_a_stream_without_a_good_row_is_no_finished_run(tmp_path):
     with pytest.raises(ValueError, match=r"stages.chat: there is no good row in the data"):
         train(tmp_path / "mine.yaml")
     assert not (tmp_path / "run" / "model").exists()
+
+
+@pytest.mark.parametrize("lacks", ["path", "images"])
+@pytest.mark.parametrize("kind", ["data", "validation"])
+def test_data_of_the_last_stage_are_looked_for_before_the_first_is_trained(tmp_path, kind, lacks):
+    mine = write_recipe(tmp_path, output=str(tmp_path / "run"))
+    plan = yaml.safe_load(mine.read_text())
+    last = plan["stages"][-1] = {**plan["stages"][-1], "data": [dict(source) for source in plan["stages"][-1]["data"]]}
+    last[kind] = [{**last["data"][0], lacks: str(tmp_path / "gone.json")}]
+    last["arguments"] = {**last["arguments"], "eval_strategy": "no" if kind == "data" else "steps"}
+    mine.write_text(yaml.safe_dump(plan))
+    with pytest.raises(FileNotFoundError, match=r"gone.json.* is no (file|folder); check the path"):
+        train(mine)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_card_of_an_adapter_imports_what_it_uses():
