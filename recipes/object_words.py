@@ -20,6 +20,7 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, ProcessorMixin
 
+from mllm_vision.host import adapter_for, inside
 from mllm_vision.images import load_image
 from mllm_vision.photos.export import IMAGE_FOLDER, OBJECTS
 from mllm_vision.placeholders import IGNORED
@@ -129,7 +130,11 @@ class ObjectWords(nn.Module):
 
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, nouns: Sequence[str]):
         super().__init__()
-        self.model = model
+        adapter = adapter_for(model.config)
+        # What is trained is all that a checkpoint needs; the language model may share weights with its head, besides.
+        self.tower, self._model = adapter.tower(model), (model,)
+        if not inside(adapter.projector_name, adapter.tower_name):
+            self.projector = adapter.projector(model)
         ids = [processor.tokenizer(f" {noun}", add_special_tokens=False)["input_ids"] for noun in nouns]
         embeddings = model.get_input_embeddings().weight.detach()
         words = torch.stack([embeddings[word].mean(0) for word in ids])
@@ -140,7 +145,8 @@ class ObjectWords(nn.Module):
 
     def forward(self, nouns: Tensor, **images: Tensor) -> dict[str, Tensor]:
         """The loss, and ``hits`` (B, PATCHES, 2): per picture how many patches are right, of how many."""
-        features = torch.stack(list(self.model.get_image_features(**images).pooler_output))  # (B, N, D)
+        (model,) = self._model
+        features = torch.stack(list(model.get_image_features(**images).pooler_output))  # (B, N, D)
         told, words = features.flatten(0, 1).float(), self.words.float()
         scores = functional.normalize(told, dim=-1) @ functional.normalize(words, dim=-1).T * _SHARPNESS
         targets, known = nouns.flatten(), nouns.flatten() != IGNORED

@@ -12,9 +12,10 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 
 from mllm_vision.eval.task import parse_tasks
+from mllm_vision.host import PARTS
 from mllm_vision.recipes.assembly import AssemblySpec
 from mllm_vision.recipes.quantisation import Quantisation
-from mllm_vision.recipes.stages import STAGES, AnswersStage, ConversationsStage, PatchWordsStage, Stage
+from mllm_vision.recipes.stages import STAGES, AnswersStage, ConversationsStage, Stage
 from mllm_vision.recipes.tiny_model import NewModelSpec
 from mllm_vision.recipes.uhd_tower import UHDTowerSpec
 from mllm_vision.registry import MethodConfig
@@ -75,6 +76,7 @@ class Recipe(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.output = str(Path(self.output).expanduser())
         if not self.stages:
             raise ValueError("a recipe needs at least one stage")
         if self.task is not None and len(parse_tasks(self.task)) != 1:
@@ -94,10 +96,19 @@ class Recipe(Settings):
                 raise ValueError(f"{where}.pack: prompts that methods change cannot be packed; drop either")
             if isinstance(stage, AnswersStage) and stage.branches and reduced:
                 raise ValueError(f"{where}.branches: prompts that reducers change cannot branch; set it to false")
-            if self.quantize is not None and isinstance(stage, PatchWordsStage):
-                raise ValueError(f"{where}: a quantised model learns by LoRA, not from the words of patches")
+            self._check_rates(stage, any(method.needs_weights for method in plugged))
         if self.quantize is not None:
             self._check_quantised()
+
+    def _check_rates(self, stage: Stage, methods_learn: bool) -> None:
+        """Raise where a part that learns nothing has a rate; whose named submodules are, only the model knows."""
+        learning = {*stage.trains, *(stage.lora.parts if stage.lora else ()), *(["projector"] * methods_learn)}
+        for kind in ("learning_rates", "layer_decay"):
+            if learning <= set(PARTS) and (idle := sorted(set(getattr(stage, kind)) - learning)):
+                raise ValueError(
+                    f"stages.{stage.name}.{kind}: {', '.join(idle)} does not learn in this stage; name it in trains, "
+                    "give it lora, or leave its rate out"
+                )
 
     def _check_quantised(self) -> None:
         if isinstance(self.model, NewModelSpec):
@@ -107,6 +118,10 @@ class Recipe(Settings):
                 raise ValueError(
                     f"stages.{stage.name}.trains: quantised weights cannot be trained, got {', '.join(frozen)}; "
                     "give the language model lora"
+                )
+            if stage.lora is None:
+                raise ValueError(
+                    f"stages.{stage.name}: a quantised model learns by LoRA; give the stage lora, or drop quantize"
                 )
 
     @property
@@ -161,22 +176,32 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         recipe: A name from `recipe_names()` or the path of a YAML file.
-        overrides: `key=value` with a dotted key and a YAML value; a stage is addressed by its name:
-            `stages.tower.arguments.max_steps=10`.
+        overrides: `key=value` with a dotted key and a YAML value; a stage is addressed by its name, a source of data
+            by its number: `stages.tower.arguments.max_steps=10`, `stages.answers.data.0.path=mine.json`.
 
     Raises:
         FileNotFoundError: an unknown recipe.
         ValueError: an unknown key, a value of the wrong type, or a contradiction.
     """
     path = recipe_file(recipe)
-    raw = _unshared(_read(path.read_text(encoding="utf-8")))
+    try:
+        raw = _unshared(_read(path.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML: {error}; mend the file") from error
+    _require_mapping(raw, str(path))
     for override in overrides:
         _override(raw, override)
     return _built(Recipe, raw, str(path))
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 takes 1e-4 for a string; here it is the number that everybody means."""
+    """YAML 1.1 takes 1e-4 for a string; here it is the number that everybody means. A key stands once in a mapping."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        if twice := sorted({key for key in keys if isinstance(key, str) and keys.count(key) > 1}):
+            raise yaml.constructor.ConstructorError(None, None, f"{', '.join(twice)} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.yaml_implicit_resolvers = dict(yaml.SafeLoader.yaml_implicit_resolvers)
@@ -200,34 +225,55 @@ def _override(raw: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals:
         raise ValueError(f"an override must look like key=value, got {override!r}")
+    try:
+        wanted = _read(value)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{key}: {value!r} is no YAML: {error}") from error
     *path, last = key.split(".")
     node: Any = raw
-    for part in path:
+    for i, part in enumerate(path):
         if isinstance(node, list):
-            names = [stage["name"] for stage in node]
+            names = _names(node)
             if part not in names:
-                raise ValueError(f"{key}: no stage {part!r}; there are {', '.join(names)}")
+                what = "stage" if path[:i] == ["stages"] else "item"
+                raise ValueError(f"{key}: no {what} {part!r}; there are {', '.join(names)}")
             node = node[names.index(part)]
-        elif isinstance(node, dict) and part in node:
+        elif isinstance(node, dict):
+            if node.get(part) is None:  # a mapping that the recipe leaves out, as learning_rates; read strictly later
+                node[part] = {}
             node = node[part]
-        else:
-            raise ValueError(f"{key}: unknown key {part!r}; there are {', '.join(map(str, node))}")
     if not isinstance(node, dict):
-        raise ValueError(f"{key}: {'.'.join(path)} has no keys to override")
-    node[last] = _read(value)
+        raise ValueError(f"{key}: {'.'.join(path)} has no key {last!r}; override it whole, or one of its items")
+    node[last] = wanted
+
+
+def _names(items: list[Any]) -> list[str]:
+    """What an override calls the items of a list: stages by their names, sources of data by their numbers."""
+    return [
+        str(item["name"]) if isinstance(item, dict) and {"name", "objective"} <= set(item) else str(i)
+        for i, item in enumerate(items)
+    ]
+
+
+def _require_mapping(raw: Any, where: str) -> None:
+    if not isinstance(raw, dict):
+        raise ValueError(f"{where} must be a mapping of keys to values, got {type(raw).__name__}")
 
 
 def _built(kind: type[Settings], raw: Any, where: str) -> Any:
     """Settings of a kind from a mapping, with the settings that they are made of."""
-    if not isinstance(raw, dict):
-        raise ValueError(f"{where} must be a mapping of keys to values, got {type(raw).__name__}")
+    _require_mapping(raw, where)
     hints = get_type_hints(kind)
     valid = list(kind.defaults())
     if unknown := sorted(set(raw) - set(valid)):
         raise ValueError(f"{where}: unknown key {', '.join(unknown)}; valid keys are {', '.join(valid)}")
     if missing := kind.missing(raw):
         raise ValueError(f"{where} lacks {', '.join(missing)}")
-    return kind(**{name: _value(hints[name], value, name) for name, value in raw.items()})
+    try:
+        return kind(**{name: _value(hints[name], value, name) for name, value in raw.items()})
+    except ValueError as error:
+        said = str(error)  # a stage names itself already
+        raise ValueError(said if said.startswith(where) else f"{where}: {said}") from error
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Any, Literal, get_type_hints
@@ -14,7 +15,9 @@ from mllm_vision.recipes.lora import LoraSpec
 from mllm_vision.scenes.questions import FAMILIES
 from mllm_vision.settings import Settings, require_type
 
-_SET_BY_RECIPE = ("output_dir", "seed", "data_seed")
+_SET_BY_RECIPE = ("output_dir", "seed", "data_seed", "remove_unused_columns")
+_FROM_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+_OWN_FOLDERS = ("model", "base", "tensorboard")  # of a run, beside those of its stages
 
 
 @dataclass(kw_only=True)
@@ -45,6 +48,11 @@ class Stage(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not re.fullmatch(r"\w[\w-]*", self.name) or self.name in _OWN_FOLDERS:
+            raise ValueError(
+                "name is that of a folder, and must be of letters, digits, - and _ and none of "
+                f"{', '.join(_OWN_FOLDERS)}, got {self.name!r}"
+            )
         where = f"stages.{self.name}"
         known = _training_arguments()
         if unknown := sorted(set(self.arguments) - set(known)):
@@ -53,6 +61,13 @@ class Stage(Settings):
             )
         for name, value in self.arguments.items():
             require_type(f"{where}.arguments.{name}", value, known[name])
+            if name in _FROM_ONE and value < 1:
+                raise ValueError(f"{where}.arguments.{name} must be at least 1, got {value}")
+        if self.arguments.get("max_steps") == 0:
+            raise ValueError(f"{where}.arguments.max_steps must be at least 1, or -1 to count epochs, got 0")
+        for name, rate in {"learning_rate": self.arguments.get("learning_rate", 0), **self.learning_rates}.items():
+            if not 0 <= rate < float("inf"):
+                raise ValueError(f"{where}: the rate {name} must be 0 or more, got {rate}")
         for kind in ("learning_rates", "layer_decay"):
             if unknown := sorted(set(getattr(self, kind)) - set(PARTS)):
                 raise ValueError(f"{where}.{kind}: unknown part {', '.join(unknown)}; there are {', '.join(PARTS)}")
@@ -176,6 +191,8 @@ class ConversationsStage(FilesStage):
         where = f"stages.{self.name}"
         if not self.data:
             raise ValueError(f"{where}.data must name a source of rows at least, got none")
+        if self.max_length < 1:
+            raise ValueError(f"{where}.max_length must be at least 1, got {self.max_length}")
         streamed = {source.streaming for source in self.data}
         if len(streamed) > 1:
             raise ValueError(f"{where}.data: either all sources are streamed or none")

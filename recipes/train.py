@@ -63,6 +63,7 @@ def train(recipe: str | Path, overrides: Sequence[str] = ()) -> Path:
 
     Raises:
         FileExistsError: The output holds a finished run, a run of another recipe, or something that is no run.
+        FileNotFoundError: Data of a stage still to be trained that are not there.
         FloatingPointError: A loss that is no number.
         OSError: The output cannot be written to, or has no room for what the run will save.
     """
@@ -72,6 +73,10 @@ def train(recipe: str | Path, overrides: Sequence[str] = ()) -> Path:
     first = arguments[plan.stages[0].name]
     for told in arguments.values():
         _require_reporters(told)
+    for stage in plan.stages:
+        if isinstance(stage, ConversationsStage) and not (output / stage.name).is_dir():
+            for data in (*stage.data, *stage.validation):
+                data.require_files()  # rather now than when the stages ahead have been trained
     if first.should_save:
         _claim(plan, output)
     set_seed(plan.seed)
@@ -125,7 +130,7 @@ def _claim(plan: Recipe, output: Path) -> None:
     record = output / _RECORD
     wanted = {**dataclasses.asdict(plan), "overwrite": False}
     if output.is_dir() and any(output.iterdir()):
-        if not record.is_file():
+        if not _is_record(record):
             raise FileExistsError(f"{output} is not empty and holds no training run; choose another output")
         same = yaml.safe_load(record.read_text(encoding="utf-8")) == wanted
         if plan.overwrite or not (same or _has_learnt(output)):
@@ -141,6 +146,17 @@ def _claim(plan: Recipe, output: Path) -> None:
         written.replace(record)
     except OSError as error:
         raise type(error)(f"output {output} cannot be written to: {error}; choose another output") from error
+
+
+def _is_record(record: Path) -> bool:
+    """Whether a run wrote this file, with every key there is, and not a person who keeps a recipe of that name here."""
+    if not record.is_file():
+        return False
+    try:
+        written = yaml.safe_load(record.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return False
+    return isinstance(written, dict) and set(written) == set(Recipe.defaults())
 
 
 def _has_learnt(output: Path) -> bool:
@@ -222,6 +238,8 @@ def _run_stage(
     started = time.monotonic()
     with cached_tower(trained) if isinstance(stage, FilesStage) and stage.cache_tower else nullcontext():
         trainer.train(resume_from_checkpoint=latest)
+    if not trainer.state.global_step:  # of a stream whose rows were all left out, which the Trainer takes for an end
+        raise ValueError(f"stages.{stage.name}: there is no good row in the data; see the log for what is wrong")
     seconds = None if latest else round(time.monotonic() - started)  # a resumed run has no one wall time
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, WandbCallback):

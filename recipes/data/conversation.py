@@ -21,12 +21,12 @@ class BadRow(ValueError):
 
     Args:
         row_id: Its id, or the path of its file and its number.
-        reason: What is wrong with it. None where `row_id` is the whole message already, as when the error of a worker
-            is made anew in the main process.
+        reason: What is wrong with it. None where the error of a worker is made anew in the main process: `row_id` is
+            then its traceback, which ends with the message.
     """
 
     def __init__(self, row_id: str, reason: str | None = None):
-        super().__init__(row_id if reason is None else f"row {row_id}: {reason}")
+        super().__init__(row_id.rpartition("BadRow: ")[2].strip() if reason is None else f"row {row_id}: {reason}")
 
 
 @dataclass(frozen=True)

@@ -122,8 +122,11 @@ class RowEncoder:
         tokenizer, image = self.processor.tokenizer, self.processor.image_token_id
         # A template may write the BOS token that the tokenizer would put in once more.
         special = {"add_special_tokens": not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))}
-        plain = tokenizer(text, return_offsets_mapping=True, **special)
-        inputs = self.processor(images=list(pictures) or None, text=[text], return_tensors="pt", text_kwargs=special)
+        # How long a row may be is for `max_length`, not for the tokenizer, to say.
+        plain = tokenizer(text, return_offsets_mapping=True, verbose=False, **special)
+        inputs = self.processor(
+            images=list(pictures) or None, text=[text], return_tensors="pt", text_kwargs={**special, "verbose": False}
+        )
         row = {name: value[0] if name in ALONG_PROMPT else value for name, value in inputs.items()}
         ids = row["input_ids"]
         kept = [(i, span) for i, span in zip(plain["input_ids"], plain["offset_mapping"], strict=True) if i != image]

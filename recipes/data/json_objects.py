@@ -24,7 +24,10 @@ def json_objects(path: str | Path) -> Iterator[dict[str, Any]]:
     with open(path, encoding="utf-8") as file:
         held, begun = "", 0  # `begun`: characters of the file ahead of those held
         while True:
-            chunk = file.read(_CHUNK)
+            try:
+                chunk = file.read(_CHUNK)
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path} is not text in UTF-8: {error}; save it as that") from None
             held += chunk
             at = 0
             while at < len(held):

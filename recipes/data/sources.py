@@ -62,6 +62,18 @@ class DataSource(Settings):
         if self.format == "conversations" and Path(self.path).suffix not in _JSON:
             raise ValueError(f"conversations must be a .json or .jsonl file, got {self.path}; use format messages")
 
+    def require_files(self) -> None:
+        """Raise where a file or a folder of this machine that it names is not there.
+
+        Raises:
+            FileNotFoundError: says which.
+        """
+        path = Path(self.path)
+        if path.suffix in (*_JSON, *_BUILDERS) and not path.is_file():
+            raise FileNotFoundError(f"{self.path} is no file; check the path")
+        if self.images is not None and not Path(self.images).is_dir():
+            raise FileNotFoundError(f"{self.images}, images of {self.path}, is no folder; check the path")
+
     @property
     def folder(self) -> Path:
         """Where relative names of pictures begin."""
@@ -101,7 +113,10 @@ class Table:
             features = datasets.Features({"json": datasets.Value("large_string")})
             if next(json_objects(path), None) is None:
                 raise ValueError(_EMPTY.format(source.path))
-            table = datasets.Dataset.from_generator(_json_column, features=features, gen_kwargs=written)
+            try:
+                table = datasets.Dataset.from_generator(_json_column, features=features, gen_kwargs=written)
+            except datasets.exceptions.DatasetGenerationError as error:
+                raise error.__cause__ or error from None  # what is wrong with the file, and where
         else:
             table = _opened(source)
         self._table = table if source.limit is None else table.select(range(min(source.limit, len(table))))
@@ -183,6 +198,9 @@ def _opened(source: DataSource) -> Any:
             raise FileNotFoundError(f"{source.path} is no file; check the path")
         builder, files = _BUILDERS[path.suffix], source.path
         return datasets.load_dataset(builder, data_files=files, split="train", streaming=source.streaming)
+    if path.is_file():
+        known = ", ".join([*_JSON, *_BUILDERS])
+        raise ValueError(f"{source.path} is none of {known}; save its rows as one of these")
     return datasets.load_dataset(source.path, source.name, split=source.split, streaming=source.streaming)
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch.nn import functional
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -69,6 +70,7 @@ class Said(torch.nn.Module):
     def __init__(self, model, features):
         super().__init__()
         self.features, self.get_input_embeddings = features, model.get_input_embeddings
+        self.config, self.model = model.config, model.model
 
     def get_image_features(self, **images):
         return BaseModelOutputWithPooling(pooler_output=list(self.features))
@@ -104,3 +106,13 @@ def test_only_what_is_trained_gets_gradients(photos):
     ObjectWords(model, processor, nouns)(**batch)["loss"].backward()
     assert all(parameter.grad.any() for parameter in model.model.multi_modal_projector.parameters())
     assert all(p.grad is None for n, p in model.named_parameters() if "multi_modal_projector" not in n)
+
+
+def test_a_checkpoint_holds_what_is_trained_and_not_the_language_model(tmp_path):
+    model, processor = mv.load("tiny-llava-scenes")
+    assert model.lm_head.weight is model.get_input_embeddings().weight  # which no file could hold twice
+    words = ObjectWords(model, processor, NOUNS)
+    save_file(words.state_dict(), tmp_path / "words.safetensors")
+    parts = {name.partition(".")[0] for name in words.state_dict()}
+    assert parts == {"tower", "projector"}
+    assert words.projector is model.model.multi_modal_projector

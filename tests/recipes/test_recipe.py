@@ -2,6 +2,7 @@
 
 import math
 import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -66,14 +67,25 @@ def test_a_recipe_goes_on_from_its_base_whatever_becomes_of_the_tower():
         ("stages.tower.max_step=7", "unknown key max_step; valid keys are objective, name, trains, lora"),
         ("stages.tower.arguments.max_step=7", "unknown key max_step; valid keys are .*max_steps"),
         ("stages.tower.arguments.output_dir=x", "unknown key output_dir"),
-        ("model.visoin.hidden_size=7", "unknown key 'visoin'; there are vision, text"),
+        ("model.visoin.hidden_size=7", "model: unknown key visoin; valid keys are vision, text"),
         ("stages=3", "stages must be a list"),
         (
             "stages.tower.objective=words",
             "objective must be one of patch_words, object_words, answers, conversations, got 'words'",
         ),
-        ("stages.tower.arguments.max_steps=0", "stages.tower.arguments needs max_steps of at least 1"),
+        ("stages.tower.arguments.max_steps=-1", "stages.tower.arguments needs max_steps of at least 1"),
         ("seed", "must look like key=value"),
+        ("stages.tower.name=..", r"stages...: name is that of a folder, .* none of model, base, tensorboard, got '..'"),
+        ("stages.tower.name=a/b", "name is that of a folder, .* got 'a/b'"),
+        ("stages.tower.name=model", "name is that of a folder, .* got 'model'"),
+        ("stages.tower.arguments.remove_unused_columns=true", "unknown key remove_unused_columns"),
+        ("stages.tower.arguments.per_device_train_batch_size=0", "batch_size must be at least 1, got 0"),
+        ("stages.tower.arguments.learning_rate=-1e-3", "the rate learning_rate must be 0 or more, got -0.001"),
+        ("stages.captions.learning_rates.language=-1.0", "the rate language must be 0 or more, got -1.0"),
+        ("stages.tower.arguments.max_steps=0", "max_steps must be at least 1, or -1 to count epochs, got 0"),
+        ("stages.tower.first_scene=many", "tiny_llava_scenes.yaml: stages.tower: first_scene must be of type int"),
+        ("seed=[", r"seed: '\[' is no YAML"),
+        ("seed.more=1", "seed.more: seed has no key 'more'; override it whole"),
         (
             "model={base: a, patch: 14}",
             "model: unknown key patch; valid keys are base, patch_size, merger_layers, merger",
@@ -139,6 +151,14 @@ def test_a_recipe_of_conversations_is_read_whole(chat):
             ],
             "group_by_modality needs all rows at hand",
         ),
+        (["stages.chat.max_length=0"], "stages.chat.max_length must be at least 1, got 0"),
+        (["stages.chat.learning_rates.tower=1e-5"], "stages.chat.learning_rates: tower does not learn in this stage"),
+        (["stages.chat.layer_decay.tower=0.9"], "stages.chat.layer_decay: tower does not learn in this stage"),
+        (
+            ["stages.chat.lora=null", "quantize=nf4"],
+            "stages.chat: a quantised model learns by LoRA; give",
+        ),
+        (["stages.chat.data.1.path=x"], "no item '1'; there are 0"),
         (["stages.chat.turns={}"], "stages.chat: unknown key turns; valid keys are objective, name"),
         (["stages.chat.lora.rank=3"], "lora: unknown key rank; valid keys are target, r, alpha"),
         (["stages.chat.lora={r: 8}"], "lora lacks alpha"),
@@ -179,6 +199,41 @@ def test_an_override_changes_one_of_what_anchors_share(chat):
     first, second = load_recipe(chat, ["stages.first.arguments.max_steps=3"]).stages
     assert first.arguments == {"learning_rate": 2e-4, "max_steps": 3}
     assert second.arguments == {"learning_rate": 2e-4}
+
+
+def test_an_override_reaches_what_the_recipe_leaves_out(chat):
+    overrides = ["stages.chat.learning_rates.language=1e-4", "stages.chat.data.0.path=mine.json", "output=~/runs"]
+    recipe = load_recipe(chat, [*overrides, "stages.chat.learning_rates.projector=2e-5"])
+    (stage,) = recipe.stages
+    assert stage.learning_rates == {"language": 1e-4, "projector": 2e-5}
+    assert stage.data == [DataSource(format="conversations", path="mine.json")]
+    assert recipe.output == str(Path.home() / "runs")
+
+
+def test_a_rate_may_be_that_of_methods_or_of_whatever_a_named_submodule_is_in(chat):
+    pooling = "methods=[{type: spatial_tokens, variant: pooling}]"
+    rate = "stages.chat.learning_rates.projector=1e-4"
+    load_recipe(chat, ["stages.chat.trains=[]", pooling, rate])
+    load_recipe(chat, ["stages.chat.trains=[model.multi_modal_projector]", rate])
+    with pytest.raises(ValueError, match="projector does not learn in this stage"):
+        load_recipe(chat, ["stages.chat.trains=[]", rate])
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (b"output: [", "mine.yaml is no YAML: .*; mend the file"),
+        ("output: \u00e9".encode("latin1"), "mine.yaml is no YAML: .*utf-8.*; mend the file"),
+        (b"seed: 1\nseed: 2", "mine.yaml is no YAML: seed stands twice.*line 1"),
+        (b"stages: [{lora: {r: 1, r: 2}}]", "mine.yaml is no YAML: r stands twice"),
+        (b"[1]", "mine.yaml must be a mapping of keys to values, got list"),
+        (b"", "mine.yaml must be a mapping of keys to values, got NoneType"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_named(tmp_path, text, says):
+    (tmp_path / "mine.yaml").write_bytes(text)
+    with pytest.raises(ValueError, match=re.compile(says, re.DOTALL)):
+        load_recipe(tmp_path / "mine.yaml", ["seed=1"])
 
 
 def test_lora_comes_last(chat):

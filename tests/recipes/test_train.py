@@ -1,9 +1,11 @@
 """Training at toy size: it resumes where it was killed and overwrites nothing unasked."""
 
+import ast
 import json
 
 import pytest
 import torch
+import yaml
 from transformers import AutoProcessor, LlavaForConditionalGeneration, TrainerCallback, TrainingArguments
 
 import mllm_vision as mv
@@ -15,6 +17,7 @@ from mllm_vision.recipes.recipe import load_recipe
 from mllm_vision.recipes.stage_trainers import trainer_for
 from mllm_vision.recipes.train import train
 from mllm_vision.scenes import render, sample_scene
+from tests.recipes.runs import write_recipe
 
 _STAGE = """
   - name: {name}
@@ -199,3 +202,51 @@ def test_a_folder_that_holds_no_run_is_left_alone(toy, tmp_path, extra):
     with pytest.raises(FileExistsError, match="holds no training run"):
         train(toy, [f"output={tmp_path}", *extra])
     assert (tmp_path / "precious.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("extra", [[], ["overwrite=true"]])
+def test_a_folder_with_a_recipe_of_ones_own_is_left_alone(toy, tmp_path, extra):
+    mine = tmp_path / "recipe.yaml"
+    mine.write_text(toy.read_text())
+    (tmp_path / "precious.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="holds no training run"):
+        train(mine, [f"output={tmp_path}", *extra])
+    assert mine.read_text() == toy.read_text()
+    assert (tmp_path / "precious.txt").read_text() == "mine"
+
+
+def test_a_stream_without_a_good_row_is_no_finished_run(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"id": "broken"}')
+    stage = {
+        "name": "chat",
+        "objective": "conversations",
+        "data": [{"format": "messages", "path": str(rows), "streaming": True}],
+        "bad_rows": "skip",
+        "trains": ["projector"],
+        "arguments": {"max_steps": 2, "disable_tqdm": True},
+    }
+    recipe = {"output": str(tmp_path / "run"), "seed": 0, "model": "tiny-llava-scenes", "stages": [stage]}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(ValueError, match=r"stages.chat: there is no good row in the data"):
+        train(tmp_path / "mine.yaml")
+    assert not (tmp_path / "run" / "model").exists()
+
+
+@pytest.mark.parametrize("lacks", ["path", "images"])
+@pytest.mark.parametrize("kind", ["data", "validation"])
+def test_data_of_the_last_stage_are_looked_for_before_the_first_is_trained(tmp_path, kind, lacks):
+    mine = write_recipe(tmp_path, output=str(tmp_path / "run"))
+    plan = yaml.safe_load(mine.read_text())
+    last = plan["stages"][-1] = {**plan["stages"][-1], "data": [dict(source) for source in plan["stages"][-1]["data"]]}
+    last[kind] = [{**last["data"][0], lacks: str(tmp_path / "gone.json")}]
+    last["arguments"] = {**last["arguments"], "eval_strategy": "no" if kind == "data" else "steps"}
+    mine.write_text(yaml.safe_dump(plan))
+    with pytest.raises(FileNotFoundError, match=r"gone.json.* is no (file|folder); check the path"):
+        train(mine)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_card_of_an_adapter_imports_what_it_uses():
+    code = ast.parse(publish_module._USE_ADAPTER.removeprefix("```python").strip().removesuffix("```"))
+    assert {name.asname or name.name for node in code.body for name in getattr(node, "names", [])} == {"mv"}

@@ -1,3 +1,5 @@
+import logging
+
 import pytest
 import torch
 
@@ -109,6 +111,15 @@ def test_there_is_one_bos_whoever_writes_it(own):
     encoder = RowEncoder(processor, 400)
     row = encoder.encode(*encoder.render(_messages("Hi", "Ho")), [])
     assert processor.tokenizer.decode(row["input_ids"]) == "<s>USER: Hi ASSISTANT: Ho</s>"
+
+
+def test_how_long_a_row_may_be_is_not_for_the_tokenizer_to_say(caplog, monkeypatch):
+    processor = processor_of(HOST)
+    processor.tokenizer.model_max_length = 5
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    text, answers = RowEncoder(processor, 10_000).render(_messages("What is it that you see?", "Ho"))
+    RowEncoder(processor, 10_000).encode(text, answers, [])
+    assert caplog.text == ""
 
 
 def test_a_row_may_be_as_long_as_the_most_and_no_longer():

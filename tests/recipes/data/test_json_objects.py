@@ -35,6 +35,13 @@ def test_a_broken_file_is_named_with_the_place(tmp_path, text, says):
     assert str(path) in str(error.value)
 
 
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_bytes("[]".encode("utf-16"))
+    with pytest.raises(ValueError, match=r"rows.json is not text in UTF-8: .* position 0"):
+        list(json_objects(path))
+
+
 def test_what_never_ends_is_given_up(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "LONGEST", 1000)
     monkeypatch.setattr(module, "_CHUNK", 100)

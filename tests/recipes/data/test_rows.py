@@ -148,7 +148,7 @@ def test_workers_share_the_rows_and_count_what_they_skip(tmp_path, streaming):
 
 def test_a_worker_fails_with_the_row_that_is_bad(tmp_path):
     rows = _rows(write(tmp_path, [{"id": "bad"}]))
-    with pytest.raises(BadRow, match="row bad: 'conversations' must be a list"):
+    with pytest.raises(BadRow, match=r"^row bad: 'conversations' must be a list of turns, got None$"):
         list(DataLoader(rows, num_workers=1, collate_fn=ChatCollator(PROCESSOR)))
 
 

@@ -145,6 +145,19 @@ def test_a_file_that_there_is_not_is_named(path):
         Table(DataSource(format="messages", path=path))
 
 
+def test_a_file_broken_behind_its_first_row_is_named_with_the_place(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"id": 1}\n{"id": ')
+    with pytest.raises(ValueError, match=r"rows.jsonl is no JSON array .* at character 17; mend the file"):
+        Table(DataSource(format="messages", path=str(path)))
+
+
+def test_a_file_of_another_kind_is_not_asked_of_the_hub(tmp_path):
+    (tmp_path / "rows.csv").write_text("a,b")
+    with pytest.raises(ValueError, match=r"rows.csv is none of .json, .jsonl, .parquet, .arrow; save its rows as one"):
+        Table(DataSource(format="messages", path=str(tmp_path / "rows.csv")))
+
+
 def test_a_split_that_there_is_not_and_an_empty_file_are_errors(tmp_path):
     path = _saved(_pictured(tmp_path), tmp_path, "splits")
     with pytest.raises(ValueError, match="has no split 'dev'; it has train, test"):
