@@ -90,7 +90,7 @@ class ScenesStage(Stage):
 
 @dataclass(kw_only=True)
 class FilesStage(Stage):
-    """What stages on pictures that lie somewhere have.
+    """What stages on stored pictures have, which are seen again in every epoch.
 
     Args:
         cache_tower: Whether the frozen tower sees every picture once, its features kept on disk.

@@ -62,6 +62,8 @@ def test_photographs_of_a_split_begin_anew_at_their_end(photos):
     rows = PhotoPatches(photos, "train", nouns_of(photos), processor, length=3)
     assert [rows[i]["row_id"] for i in range(len(rows))] == ["train-0", "train-1", "train-0"]
     assert len(PhotoPatches(photos, "test", nouns_of(photos), processor)) == 1
+    with pytest.raises(ValueError, match="has no photographs of the split 'validation'; `mllm-vision photos` writes"):
+        PhotoPatches(photos, "validation", nouns_of(photos), processor)
 
 
 class Said(torch.nn.Module):
