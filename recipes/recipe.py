@@ -156,13 +156,16 @@ def copy_recipe(recipe: str, folder: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: an unknown recipe.
-        FileExistsError: there is a file of its name already.
+        FileExistsError: there is a file of its name already, or ``folder`` is one.
     """
     source = recipe_file(recipe)
     target = Path(folder) / source.name
     if target.exists():
         raise FileExistsError(f"{target} exists; move it away first")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise FileExistsError(f"{folder} is a file; give a folder to copy to") from None
     return Path(shutil.copyfile(source, target))
 
 
