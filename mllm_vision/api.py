@@ -94,7 +94,8 @@ def _read(
         if trained_on is None:
             raise
         raise ValueError(
-            f"the adapter was trained on {source}, which is not to be had; say with base= where it is"
+            f"the adapter was trained on {source}, which is not to be had here; say with base= where it is, or in a "
+            "shell join them by `mllm-vision merge --base`"
         ) from error
     adapter = adapter_for(config)
     with torch.device("meta"):

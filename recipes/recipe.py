@@ -160,14 +160,17 @@ def copy_recipe(recipe: str, folder: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: neither is called ``recipe``.
-        FileExistsError: there is a file of its name already.
+        FileExistsError: there is a file of its name already, or ``folder`` is one.
     """
     launch = LAUNCH / f"{recipe}.yaml"
     source = launch if launch.is_file() else recipe_file(recipe)
     target = Path(folder) / source.name
     if target.exists():
         raise FileExistsError(f"{target} exists; move it away first")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise FileExistsError(f"{folder} is a file; give a folder to copy to") from None
     return Path(shutil.copyfile(source, target))
 
 

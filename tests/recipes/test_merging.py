@@ -72,7 +72,7 @@ def test_a_projector_in_the_stock_ones_place_is_merged_with_its_weights(checkpoi
 
 def test_the_base_may_have_moved(checkpoint, tmp_path):
     lora = trained(mv.load(checkpoint(LLAVA))[0], tmp_path / "adapter", tmp_path / "gone")
-    with pytest.raises(ValueError, match=r"was trained on .*gone, which is not to be had; say with base="):
+    with pytest.raises(ValueError, match=r"was trained on .*gone, which is not to be had here; .* merge --base"):
         mv.load(tmp_path / "adapter")
     result = run("merge", tmp_path / "adapter", tmp_path / "merged", "--base", checkpoint(LLAVA))
     assert result.exit_code == 0, result.output

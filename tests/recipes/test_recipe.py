@@ -261,6 +261,8 @@ def test_recipes_are_listed_with_what_they_are_for_and_taken_along(tmp_path):
     assert launch.output.strip() == str(tmp_path / "mine" / "fsdp2.yaml")
     again = CliRunner().invoke(app, ["recipe", "copy", "tiny_llava_scenes", str(tmp_path / "mine")])
     assert (again.exit_code, "exists; move it away first" in again.output) == (1, True)
+    to_a_file = CliRunner().invoke(app, ["recipe", "copy", "tiny_lora", str(path)])
+    assert (to_a_file.exit_code, "is a file; give a folder to copy to" in to_a_file.output) == (1, True)
 
 
 def test_an_unknown_recipe_lists_those_there_are():
