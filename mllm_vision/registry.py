@@ -59,7 +59,7 @@ class MethodConfig(Settings):
         if "type" not in stored:
             raise ValueError(f"a method needs a 'type', got {stored!r}; {_known()}")
         config, given = config_class(stored["type"]), {k: v for k, v in stored.items() if k != "type"}
-        if missing := config.missing(given):
+        if set(given) <= set(config.defaults()) and (missing := config.missing(given)):
             raise ValueError(f"{stored['type']} needs {', '.join(missing)}")
         return config(**given)
 

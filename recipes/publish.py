@@ -23,11 +23,14 @@ SCORES = "scores.json"
 STAGE_RECORD = "stage.json"
 
 
-def publish(plan: Recipe, name: str, stages: list[Path], final: Path, arguments: TrainingArguments) -> Path:
+def publish(
+    plan: Recipe, name: str, command: str, stages: list[Path], final: Path, arguments: TrainingArguments
+) -> Path:
     """Write the model of the last of `stages` to `final`, with its scores, if the recipe asks for any, and a card.
 
     Args:
         name: The recipe's name, for the card.
+        command: What the run was started with, for the card.
         stages: Folders of the finished stages, in order.
         final: A folder that does not exist; it appears only when all of it is written.
         arguments: Says which of several processes writes; all of them answer questions.
@@ -49,6 +52,7 @@ def publish(plan: Recipe, name: str, stages: list[Path], final: Path, arguments:
             _write_model(*loaded, folder)
         facts = {
             "recipe": name,
+            "command": command,
             "seed": plan.seed,
             "about": plan.about,
             "card": plan.card,
@@ -140,7 +144,7 @@ def _run(facts: dict[str, Any]) -> list[str]:
     times = [f"{name} {s / 60:.0f} min" if s is not None else f"{name} not measured" for name, s in seconds.items()]
     total = f" = {sum(seconds.values()) / 60:.0f} min" if None not in seconds.values() and len(seconds) > 1 else ""
     lines = [
-        f"Command: `mllm-vision train {facts['recipe']}`, seed {facts['seed']}.",
+        f"Command: `{facts['command']}`, seed {facts['seed']}.",
         f"Hardware: {hardware['threads']} threads of {hardware['cpu']}, {hardware['gpus'] or 'no GPU'}.",
         f"Wall time: {' + '.join(times)}{total}.",
         "Versions: " + ", ".join(f"{package} {number}" for package, number in facts["versions"].items()) + ".",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import shlex
 import shutil
 import time
 from collections.abc import Sequence
@@ -86,11 +87,13 @@ def train(recipe: str | Path, overrides: Sequence[str] = ()) -> Path:
     for stage in plan.stages:
         done = output / stage.name
         if not done.is_dir():
-            base = stages[-1] if stages and not _retrains_all(plan, stage) else _base_name(plan, source)
-            _run_stage(plan, stage, stages[-1] if stages else source, arguments[stage.name], done, str(base))
+            base = stages[-1] if stages and not _retrains_all(plan, stage) else source
+            before = stages[-1] if stages else source
+            _run_stage(plan, stage, before, arguments[stage.name], done, _base_name(plan, base))
             gc.collect()  # a trainer and its model hold each other; the next stage needs their memory
         stages.append(done)
-    return publish(plan, Path(recipe).stem, stages, output / "model", first)
+    command = shlex.join(["mllm-vision", "train", str(recipe), *overrides])
+    return publish(plan, Path(recipe).stem, command, stages, output / "model", first)
 
 
 def training_arguments(plan: Recipe, stage: Stage) -> TrainingArguments:
@@ -298,9 +301,12 @@ def _held_out_curve(log_history: list[dict[str, float]]) -> list[dict[str, float
     return [{key: value for key, value in row.items() if key not in timings} for row in rows.values()]
 
 
-def _base_name(plan: Recipe, source: str | Path) -> str | Path:
-    """What an adapter calls the model that the run began with: an assembled one can be made again anywhere."""
-    return plan.model.line if isinstance(plan.model, AssemblySpec) else source
+def _base_name(plan: Recipe, base: str | Path) -> str:
+    """What an adapter calls the model under it, so that it is found from any folder."""
+    if isinstance(plan.model, AssemblySpec) and Path(base) == Path(plan.output) / _BASE:
+        return plan.model.line  # it can be made again anywhere
+    is_folder = source_of(base) == base and Path(base).is_dir()  # and no checkpoint that comes with the library
+    return str(Path(base).resolve() if is_folder else base)
 
 
 def _retrains_all(plan: Recipe, stage: Stage) -> bool:

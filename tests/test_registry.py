@@ -92,6 +92,7 @@ def test_methods_are_read_from_a_line():
         ("hiprune:keep=3+", "a name must come first"),
         ("hiprune:keep", "a setting is written field=value, got 'keep'"),
         ("hiprune", "hiprune needs keep"),
+        ("hiprune:kep=3", "HiPruneConfig has no field kep; its fields are keep"),
         ("hiprune:keep=many", "keep must be"),
         ("hiprune:keep=1/0", "keep must be"),
         ("nothing:keep=1", "unknown method 'nothing'; the methods are"),

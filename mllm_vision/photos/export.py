@@ -119,6 +119,6 @@ def _refuse_to_lose(folder: Path, overwrite: bool) -> None:
     if not folder.exists() or not any(folder.iterdir()):
         return
     if not overwrite:
-        raise FileExistsError(f"{folder} is not empty; choose another folder or pass overwrite=True to replace it")
+        raise FileExistsError(f"{folder} is not empty; choose another folder or allow to overwrite")
     if not (folder / MANIFEST).is_file():
         raise FileExistsError(f"{folder} holds something other than composed photographs and is not removed")

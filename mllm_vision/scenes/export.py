@@ -102,7 +102,7 @@ def _empty_folder(folder: str | Path, overwrite: bool) -> Path:
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
         if not overwrite:
-            raise FileExistsError(f"{folder} is not empty; choose another folder or pass overwrite=True to replace it")
+            raise FileExistsError(f"{folder} is not empty; choose another folder or allow to overwrite")
         if not any((folder / name).is_file() for name in (CONVERSATIONS, "dataset_info.json")):
             raise FileExistsError(f"{folder} holds something other than exported scenes and is not removed")
         shutil.rmtree(folder)

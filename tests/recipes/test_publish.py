@@ -13,6 +13,7 @@ from mllm_vision.recipes.publish import model_card
 
 FACTS = {
     "recipe": "tiny_lora",
+    "command": "mllm-vision train tiny_lora",
     "seed": 0,
     "about": "",
     "card": {},

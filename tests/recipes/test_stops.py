@@ -28,7 +28,7 @@ def nothing_loads(monkeypatch):
     def loaded(*args):
         raise AssertionError("something was loaded")
 
-    monkeypatch.setattr(train_module, "_beginning", loaded)
+    monkeypatch.setattr(train_module, "beginning", loaded)
 
 
 class Stopped(BaseException):
