@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import is_optimizer_factory
 
 from mllm_vision.api import find_host
@@ -136,7 +135,7 @@ class RecipeTrainer(Trainer):
         return super()._get_train_sampler(train_dataset) if self.sampler is None else self.sampler
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if isinstance(self.model, PeftModel) or self.is_fsdp_enabled or not hasattr(self.model, "save_pretrained"):
+        if not isinstance(self.model, PreTrainedModel) or self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         # transformers 5 renames keys on saving, and the stock Trainer compares the saved names with the live ones: it

@@ -18,21 +18,21 @@ from typing import Any, Literal
 import numpy as np
 
 from mllm_vision.eval.data import Row, file_rows, records
+from mllm_vision.eval.families import OVERALL, FamilyTask
 from mllm_vision.eval.metrics.ratio import ratio
 from mllm_vision.eval.metrics.yes_no import yes_no_scores, yes_no_tally
-from mllm_vision.eval.task import Example, Sums, Tally, Task
+from mllm_vision.eval.task import Example, Sums, Tally
 from mllm_vision.photos.export import QUESTION_FOLDER
 from mllm_vision.photos.questions import FAMILIES, NEGATIVES, NUMBERS
 
 __all__ = ["Photos"]
 
-OVERALL = "mean of families"
 
 _DIGITS = {str(number): word for number, word in enumerate(NUMBERS)}
 
 
 @dataclass(kw_only=True)
-class Photos(Task, name="photos", paper="composed by mllm_vision.photos"):
+class Photos(FamilyTask, name="photos", paper="composed by mllm_vision.photos"):
     """Questions about composed photographs, by family.
 
     Args:
@@ -42,8 +42,8 @@ class Photos(Task, name="photos", paper="composed by mllm_vision.photos"):
         split: Of the photographs.
     """
 
-    questions: int = 500
-    families: str = "all"
+    known = FAMILIES
+
     split: Literal["validation", "test"] = "test"
 
     columns = (
@@ -51,20 +51,6 @@ class Photos(Task, name="photos", paper="composed by mllm_vision.photos"):
         "`mllm-vision photos DIR/photos` writes them"
     )
     max_new_tokens = 8
-    headline = (OVERALL, "accuracy")
-    resumable = ("questions", "families")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.questions < 1:
-            raise ValueError(f"questions must be 1 or more, got {self.questions}")
-        if unknown := set(self.asked_for) - set(FAMILIES):
-            raise ValueError(f"families must be of {', '.join(FAMILIES)}, got {', '.join(sorted(unknown))}")
-
-    @property
-    def asked_for(self) -> list[str]:
-        """The families."""
-        return list(FAMILIES) if self.families == "all" else self.families.split("/")
 
     def rows(self, data: Path | None) -> tuple[Iterable[Row], dict[str, Any]]:
         if data is None:

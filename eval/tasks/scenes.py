@@ -18,20 +18,19 @@ from typing import Any, Literal
 import numpy as np
 
 from mllm_vision.eval.data import Row
+from mllm_vision.eval.families import OVERALL, FamilyTask
 from mllm_vision.eval.metrics.ratio import ratio
 from mllm_vision.eval.metrics.yes_no import yes_no_scores, yes_no_tally
-from mllm_vision.eval.task import Example, Questions, Sums, Tally, Task
+from mllm_vision.eval.task import Example, Questions, Sums, Tally
 from mllm_vision.scenes import FAMILIES, NEGATIVES, Question, Scene, render, sample_scene
 from mllm_vision.scenes.draw import REFERENCE_SIDE
 from mllm_vision.scenes.questions import existence_question
 
 __all__ = ["Scenes", "sample_questions"]
 
-OVERALL = "mean of families"
-
 
 @dataclass(kw_only=True)
-class Scenes(Task, name="scenes", paper="drawn by mllm_vision.scenes"):
+class Scenes(FamilyTask, name="scenes", paper="drawn by mllm_vision.scenes"):
     """Questions about drawn scenes, by family.
 
     Args:
@@ -43,29 +42,15 @@ class Scenes(Task, name="scenes", paper="drawn by mllm_vision.scenes"):
         seed: Of the choice of questions.
     """
 
-    questions: int = 500
-    families: str = "all"
+    known = FAMILIES
+
     split: Literal["train", "validation", "test"] = "test"
     side: int = REFERENCE_SIDE
     text_scale: float = 1.0
     seed: int = 0
 
     max_new_tokens = 6
-    headline = (OVERALL, "accuracy")
     reads_data = False
-    resumable = ("questions", "families")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.questions < 1:
-            raise ValueError(f"questions must be 1 or more, got {self.questions}")
-        if unknown := set(self.asked_for) - set(FAMILIES):
-            raise ValueError(f"families must be of {', '.join(FAMILIES)}, got {', '.join(sorted(unknown))}")
-
-    @property
-    def asked_for(self) -> list[str]:
-        """The families."""
-        return list(FAMILIES) if self.families == "all" else self.families.split("/")
 
     def load(self, data: Path | None = None) -> Questions:
         examples = []

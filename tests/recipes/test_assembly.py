@@ -316,13 +316,19 @@ def test_the_command(parts, tmp_path):
     assert CliRunner().invoke(app, [*asked, "--overwrite"]).exit_code == 0
 
 
-def test_an_adapter_names_what_its_base_is_assembled_of_and_loads_it_anew(parts, tmp_path):
+def adapter_on_parts(parts, folder):
+    """A model with an adapter, which is saved to ``folder`` under the name of the parts, and its processor."""
     tower, language = parts("dinov2", "llama-tied")
     asked = AssemblySpec(tower=str(tower), language=str(language), side=56)
     torch.manual_seed(1)
     model, processor = assemble(**vars(asked))
     adapted = with_lora(model, LoraSpec(r=2, alpha=4, options={"init_lora_weights": False}), ["projector"])
-    save_adapter(adapted, tmp_path / "adapter", asked.line)
+    save_adapter(adapted, folder, asked.line)
+    return adapted, processor
+
+
+def test_an_adapter_names_what_its_base_is_assembled_of_and_loads_it_anew(parts, tmp_path):
+    adapted, processor = adapter_on_parts(parts, tmp_path / "adapter")
     loaded, _ = mv.load(tmp_path / "adapter", dtype=torch.float32)
     inputs = processor(images=[picture(0)], text=["<image> what?"], return_tensors="pt")
     with torch.no_grad():
@@ -339,12 +345,7 @@ def test_an_adapter_names_what_its_base_is_assembled_of_and_loads_it_anew(parts,
 
 @torch.no_grad()
 def test_an_adapter_on_assembled_parts_is_merged_and_asked_from_the_shell(parts, tmp_path):
-    tower, language = parts("dinov2", "llama-tied")
-    asked = AssemblySpec(tower=str(tower), language=str(language), side=56)
-    torch.manual_seed(1)
-    model, processor = assemble(**vars(asked))
-    adapted = with_lora(model, LoraSpec(r=2, alpha=4, options={"init_lora_weights": False}), ["projector"])
-    save_adapter(adapted, tmp_path / "adapter", asked.line)
+    adapted, processor = adapter_on_parts(parts, tmp_path / "adapter")
     done = CliRunner().invoke(app, ["merge", str(tmp_path / "adapter"), str(tmp_path / "merged")])
     assert done.exit_code == 0, done.output
     merged, _ = mv.load(tmp_path / "merged")
