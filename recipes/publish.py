@@ -6,6 +6,7 @@ import json
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from mllm_vision.eval.environment import environment
 from mllm_vision.eval.evaluation import evaluate
 from mllm_vision.eval.task import parse_tasks
 from mllm_vision.folders import whole_folder
+from mllm_vision.recipes.adapter_rank import reduce_rank
 from mllm_vision.recipes.recipe import Recipe
 
 SCORES = "scores.json"
@@ -39,13 +41,17 @@ def publish(
         `final`.
     """
     records = [json.loads((stage / STAGE_RECORD).read_text(encoding="utf-8")) for stage in stages]
-    trained, is_adapter = stages[-1], plan.stages[-1].lora is not None
+    trained, is_adapter, kept = stages[-1], plan.stages[-1].lora is not None, None
     if arguments.should_save:
         for cut_off in final.parent.glob(f".{final.name}-*"):  # by an end of the process while it wrote here
             shutil.rmtree(cut_off)
-    with whole_folder(final) if arguments.should_save else nullcontext() as folder:
+    with whole_folder(final) if arguments.should_save else nullcontext() as folder, TemporaryDirectory() as scratch:
+        if is_adapter and (plan.publish_rank is not None or plan.publish_dtype is not None):
+            trained = Path(scratch) / "adapter"
+            kept = reduce_rank(stages[-1], trained, plan.publish_rank, getattr(torch, plan.publish_dtype or plan.dtype))
         # Once: what is written as it is stored is asked questions afterwards.
-        loaded = mv.load(trained, dtype=_stored(plan)) if plan.task is not None or not is_adapter else None
+        dtype = plan.dtype if is_adapter else plan.publish_dtype or plan.dtype
+        loaded = mv.load(trained, dtype=getattr(torch, dtype)) if plan.task is not None or not is_adapter else None
         if folder is not None and is_adapter:
             shutil.copytree(trained, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(STAGE_RECORD))
         elif folder is not None and loaded is not None:
@@ -60,6 +66,7 @@ def publish(
             "base": plan.base,
             "methods": plan.methods,
             "adapter": is_adapter,
+            "rank": None if plan.publish_rank is None else {"published": plan.publish_rank, "kept": kept},
             "parameters": records[-1]["parameters"],
             "stages": records,
             "task": plan.task,
@@ -90,11 +97,6 @@ def _scores(
     model = model.float() if device.type == "cpu" else model.to(device)
     (task,) = parse_tasks(plan.task)
     return evaluate(model, processor, task, batch_size=32, data=plan.data).tasks[task.name].values()
-
-
-def _stored(plan: Recipe) -> torch.dtype:
-    stored: torch.dtype = getattr(torch, plan.publish_dtype or plan.dtype)
-    return stored
 
 
 def model_card(facts: dict[str, Any]) -> str:
@@ -152,6 +154,8 @@ def _run(facts: dict[str, Any]) -> list[str]:
     ]
     if facts["base"]:
         lines.insert(0, f"Goes on from `{facts['base']}`.")
+    if facts["rank"]:
+        lines.append("LoRA of rank {published}, which is {kept:.3f} of the updates as trained.".format(**facts["rank"]))
     if facts["methods"]:
         lines.append(f"Methods: `{json.dumps(facts['methods'])}`.")
     if facts["note"]:

@@ -13,6 +13,7 @@ import yaml
 
 from mllm_vision.eval.task import parse_tasks
 from mllm_vision.host import PARTS
+from mllm_vision.recipes.adapter_rank import require_plain
 from mllm_vision.recipes.assembly import AssemblySpec
 from mllm_vision.recipes.quantisation import Quantisation
 from mllm_vision.recipes.stages import STAGES, AnswersStage, ConversationsStage, Stage
@@ -42,7 +43,8 @@ class Recipe(Settings):
         dtype: Of the weights. Mixed precision, of float32 weights, is ``bf16`` among the arguments of a stage.
         quantize: Precision of the language model's frozen weights, for LoRA: 4-bit "nf4" or "int8".
         attention: Implementation of attention, as for `from_pretrained`; None is the default.
-        publish_dtype: Of the weights as written at the end; None is ``dtype``.
+        publish_dtype: Of the weights as written at the end, of an adapter or a whole model; None is ``dtype``.
+        publish_rank: Of an adapter as written at the end, whose updates are cut down to it; None is that of training.
         task: A benchmark that the final model is scored on, as "scenes:questions=500".
         data: Folder of the benchmark's data, as for `mllm-vision eval`; None is the hub.
         side: Width and height in pixels of drawn scenes and, for a ViT-UHD, of pictures.
@@ -65,6 +67,7 @@ class Recipe(Settings):
     quantize: Quantisation | None = None
     attention: str | None = None
     publish_dtype: Dtype | None = None
+    publish_rank: int | None = None
     task: str | None = None
     data: str | None = None
     side: int = REFERENCE_SIDE
@@ -97,6 +100,8 @@ class Recipe(Settings):
             if isinstance(stage, AnswersStage) and stage.branches and reduced:
                 raise ValueError(f"{where}.branches: prompts that reducers change cannot branch; set it to false")
             self._check_rates(stage, any(method.needs_weights for method in plugged))
+        if self.publish_rank is not None:
+            self._check_rank(self.publish_rank)
         if self.quantize is not None:
             self._check_quantised()
 
@@ -109,6 +114,14 @@ class Recipe(Settings):
                     f"stages.{stage.name}.{kind}: {', '.join(idle)} does not learn in this stage; name it in trains, "
                     "give it lora, or leave its rate out"
                 )
+
+    def _check_rank(self, rank: int) -> None:
+        lora = self.stages[-1].lora
+        if lora is None:
+            raise ValueError("publish_rank: the last stage has no lora whose rank could be reduced; drop it")
+        if not 1 <= rank <= lora.r:
+            raise ValueError(f"publish_rank must be in 1..{lora.r}, got {rank}")
+        require_plain({"init_lora_weights": True} | lora.options)
 
     def _check_quantised(self) -> None:
         if isinstance(self.model, NewModelSpec):

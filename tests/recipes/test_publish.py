@@ -20,6 +20,7 @@ FACTS = {
     "note": "",
     "base": None,
     "methods": [],
+    "rank": None,
     "parameters": 8_800_000,
     "stages": [{"name": "answers", "seconds": 60, "curve": []}],
     "scores": {},
