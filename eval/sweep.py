@@ -1,7 +1,8 @@
-"""Every reducer at every budget on one benchmark: what is lost, and what is saved.
+"""Every reducer at every budget on one benchmark, with and without a decoding strategy: what is lost, what is saved.
 
-A point is a method at a budget; where a method draws at random, it is the mean over seeds, whose tallies are averaged
-unit by unit. Points are compared with all tokens pair by pair. Times to the first token are medians over single
+A point is a method at a budget under a way of decoding; where one of them draws at random, it is the mean over seeds,
+whose tallies are averaged unit by unit. Points are compared pair by pair with all tokens, plainly decoded, and with
+themselves, plainly decoded. Times to the first token are medians over single
 questions that all points are asked in turn, so that whatever else the machine does hits all alike.
 """
 
@@ -31,54 +32,84 @@ from mllm_vision.eval.measurement import clock_of, measure_steps
 from mllm_vision.eval.report import TaskResult
 from mllm_vision.eval.scores import LEVEL, RESAMPLES, seeds_against
 from mllm_vision.eval.task import Example, Task
-from mllm_vision.registry import MethodConfig, config_class, methods
+from mllm_vision.registry import MethodConfig, config_class, methods, parse_methods
 from mllm_vision.settings import parse_spec, spec
 
 RESULTS, PICTURE, ANSWERS = "sweep.json", "sweep.png", "answers"
 ALL_TOKENS = "all tokens"
 WARMUPS, DECODED = 2, 2
+DASHES = ("-", "--", ":")
+"""Of lines in the picture, one for each way of decoding."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """A method at a budget.
+    """A method at a budget under a way of decoding.
 
     Args:
         method: As it was asked for, "hiprune" or "hiprune:alpha=0.2".
         keep: The budget; None for all tokens.
-        runs: The methods of each run, one for each seed; a run of all tokens has none.
+        runs: The methods of each run, one for each seed; a plain run of all tokens has none.
+        decoding: A strategy, as it was asked for; None is plain.
     """
 
     method: str
     keep: float | int | None
     runs: list[list[MethodConfig]]
+    decoding: str | None = None
 
 
-def plan(model: PreTrainedModel, names: Sequence[str], keeps: Sequence[float | int], seeds: int) -> list[Point]:
-    """All tokens, then every method at every budget.
+def plan(
+    model: PreTrainedModel,
+    names: Sequence[str],
+    keeps: Sequence[float | int],
+    seeds: int,
+    strategies: Sequence[str] = (),
+) -> list[Point]:
+    """All tokens, then every method at every budget; then all of that with every strategy.
 
     Args:
         names: Of reducers, with settings other than ``keep``; none: all that this model can use.
+        strategies: Of decoding, beside plain.
 
     Raises:
-        ValueError: an unknown method, one without a budget, or one that the model cannot use.
+        ValueError: an unknown method, a reducer without a budget, a strategy that is none, or a method that the model
+            cannot use.
     """
     chosen = list(names) or [row.name for row in methods() if "keep" in row.fields and _usable(model, row.name)]
-    points = [Point(ALL_TOKENS, None, [[]])]
     for name in chosen:
         bare, settings = parse_spec(name)
-        fields = config_class(bare).defaults()
-        if "keep" not in fields or "keep" in settings:
+        if "keep" not in config_class(bare).defaults() or "keep" in settings:
             raise ValueError(f"a sweep sets the keep of each method itself, which does not go with {name!r}")
-        numbers: list[dict[str, Any]] = [{"seed": seed} for seed in range(seeds)]
-        drawn = numbers if "seed" in fields and "seed" not in settings else [{}]
-        for keep in keeps:
-            stored = {"type": bare, "keep": keep} | settings
-            points.append(Point(name, keep, [[MethodConfig.from_dict(stored | number)] for number in drawn]))
+    for name in strategies:
+        parse_methods(name, "decoding")
+    points = []
+    for strategy in (None, *strategies):
+        decoding = [] if strategy is None else [_stored(strategy)]
+        points.append(Point(ALL_TOKENS, None, _runs(decoding, seeds), strategy))
+        for name in chosen:
+            for keep in keeps:
+                runs = _runs([_stored(name) | {"keep": keep}, *decoding], seeds)
+                points.append(Point(name, keep, runs, strategy))
     for point in points:
         with mv.using(model, *point.runs[0]):
             pass  # what the model cannot give is found out now
     return points
+
+
+def _stored(name: str) -> dict[str, Any]:
+    """A method as `config.json` stores it, with the settings that were asked for alone."""
+    bare, settings = parse_spec(name)
+    return {"type": bare} | settings
+
+
+def _runs(stored: Sequence[dict[str, Any]], seeds: int) -> list[list[MethodConfig]]:
+    """The methods once, or once for each seed where one of them draws at random and no seed was asked for."""
+    drawn = ["seed" in config_class(one["type"]).defaults() and "seed" not in one for one in stored]
+    return [
+        [MethodConfig.from_dict(one | ({"seed": seed} if d else {})) for one, d in zip(stored, drawn, strict=True)]
+        for seed in range(seeds if any(drawn) else 1)
+    ]
 
 
 def _usable(model: PreTrainedModel, name: str) -> bool:
@@ -107,19 +138,20 @@ def sweep(
     A sweep into a folder where an earlier one was cut off goes on there.
 
     Args:
-        points: Of `plan`, all tokens first.
+        points: Of `plan`, all tokens first, and every point of a strategy behind the plain one.
         repeats: Questions that a time is the median of.
         say: Is told what is being done.
         options: As for `evaluate`: limit, batch_size, data, decoding, system, seed.
 
     Returns:
-        What the JSON file holds and `report` and `draw` show: ``environment``, ``run``, ``task`` and ``points``.
+        What the JSON file holds and `report` and `draw` show: ``environment``, ``run``, ``task`` and ``points``, with
+        the ``differences`` of each to all tokens, and of those with a strategy to the same point without, ``to_plain``.
     """
     out = Path(out)
     seed = options.get("seed", 0)
     results: list[list[TaskResult]] = []
     for point in points:
-        say(f"{task.name}: {label(point.method, point.keep)}")
+        say(f"{task.name}: {label(point)}")
         found = []
         for configs in point.runs:
             with mv.using(model, *configs):
@@ -130,23 +162,32 @@ def sweep(
     say("measuring times")
     examples = task.load(data_folder(task, options.get("data"))).examples
     times = _first_token_times(model, processor, examples, points, repeats, options.get("system"))
-    everything = results[0][0].tallies
+    tallies = [[result.tallies for result in found] for found in results]
+    plain = {
+        (point.method, point.keep): mine for point, mine in zip(points, tallies, strict=True) if not point.decoding
+    }
+    written: list[dict[str, Any]] = [
+        {
+            "method": point.method,
+            "keep": point.keep,
+            "decoding": point.decoding,
+            "tokens": tokens,
+            "first_token_ms": spread,
+            "seeds": [result.headline.value for result in found],
+            **seeds_against(task, mine, tallies[0], seed=seed),
+        }
+        for point, found, mine, (tokens, spread) in zip(points, results, tallies, times, strict=True)
+    ]
+    for point, mine, values in zip(points, tallies, written, strict=True):
+        if point.decoding is not None:
+            against = seeds_against(task, mine, plain[point.method, point.keep], seed=seed)
+            values["to_plain"] = against["differences"]
     record = {
         "environment": environment(),
         "run": {key: value for key, value in evaluation.run.items() if key != "methods"},
         "intervals": {"level": LEVEL, "resamples": RESAMPLES, "seed": seed},
         "task": {"name": task.name, "options": vars(task), "headline": task.headline, "repeats": repeats},
-        "points": [
-            {
-                "method": point.method,
-                "keep": point.keep,
-                "tokens": times[i][0],
-                "first_token_ms": times[i][1],
-                "seeds": [result.headline.value for result in found],
-                **seeds_against(task, [result.tallies for result in found], [everything], seed=seed),
-            }
-            for i, (point, found) in enumerate(zip(points, results, strict=True))
-        ],
+        "points": written,
     }
     (out / RESULTS).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return record
@@ -196,9 +237,10 @@ def _inputs(
                 yield inputs_for(processor, [prompt], [pictures])
 
 
-def label(method: str, keep: float | int | None) -> str:
+def label(point: Point) -> str:
     """A point, in words."""
-    return method if keep is None else f"{method}, {_budget(keep)}"
+    budget = "" if point.keep is None else f", {_budget(point.keep)}"
+    return point.method + budget + (f", {point.decoding}" if point.decoding else "")
 
 
 def _budget(keep: float | int) -> str:
@@ -214,26 +256,33 @@ def _file_name(configs: Sequence[MethodConfig]) -> str:
 def report(record: dict[str, Any]) -> RenderableType:
     """The points as a table: tokens, time to the first token, the task's headline and what it lost."""
     group, headline = record["task"]["headline"]
+    points = record["points"]
+    contrasted = any(point["decoding"] for point in points)
     title = f"{record['run']['model']}, {record['task']['name']}: {group}, {headline}; {LEVEL:.0%} intervals"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in ("method", "keep"):
+    for heading in (*["decoding"] * contrasted, "method", "keep"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("tokens", "TTFT ms", "ratio", headline, "difference"):
+    for heading in ("tokens", "TTFT ms", "ratio", headline, "difference", *["to plain"] * contrasted):
         table.add_column(heading, justify="right", no_wrap=True)
-    for i, point in enumerate(record["points"]):
-        score, lost = (point[name][group][headline] for name in ("scores", "differences"))
-        last = i + 1 == len(record["points"]) or record["points"][i + 1]["method"] != point["method"]
+    for i, point in enumerate(points):
+        following = points[i + 1] if i + 1 < len(points) else {}
         table.add_row(
+            *[point["decoding"] or "plain"] * contrasted,
             point["method"],
             "" if point["keep"] is None else _budget(point["keep"]),
             f"{point['tokens']:g}",
             f"{point['first_token_ms']['median']:.1f}",
             f"{point['first_token_ms']['ratio']:.2f}",
-            f"{score['value']:.3f}",
-            "" if i == 0 else f"{lost['value']:+.3f} ({lost['low']:+.3f}, {lost['high']:+.3f})",
-            end_section=last,
+            f"{point['scores'][group][headline]['value']:.3f}",
+            "" if i == 0 else _difference(point["differences"][group][headline]),
+            *[_difference(point["to_plain"][group][headline]) if point["decoding"] else ""] * contrasted,
+            end_section=any(point[key] != following.get(key) for key in ("method", "decoding")),
         )
     return table
+
+
+def _difference(lost: dict[str, float]) -> str:
+    return f"{lost['value']:+.3f} ({lost['low']:+.3f}, {lost['high']:+.3f})"
 
 
 def draw(record: dict[str, Any], path: str | Path) -> None:
@@ -242,7 +291,12 @@ def draw(record: dict[str, Any], path: str | Path) -> None:
     from matplotlib.figure import Figure
 
     group, headline = record["task"]["headline"]
-    everything, *points = record["points"]
+    everything = record["points"][0]["scores"][group][headline]["value"]
+    curves: dict[tuple[str, str | None], list[dict[str, Any]]] = {}
+    for point in record["points"]:
+        curves.setdefault((point["method"], point["decoding"]), []).append(point)
+    methods = list(dict.fromkeys(method for method, _ in curves))
+    decodings = list(dict.fromkeys(decoding for _, decoding in curves))
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2, sharey=True)
@@ -251,16 +305,25 @@ def draw(record: dict[str, Any], path: str | Path) -> None:
         lambda point: point["first_token_ms"]["median"],
     )
     for axes, place in zip(panels, places, strict=True):
-        for method in dict.fromkeys(point["method"] for point in points):
-            mine = [point for point in points if point["method"] == method]
-            scores = [point["scores"][group][headline] for point in mine]
+        for (method, decoding), points in curves.items():
+            scores = [point["scores"][group][headline] for point in points]
             values = [score["value"] for score in scores]
-            below = [score["value"] - score["low"] for score in scores]
-            above = [score["high"] - score["value"] for score in scores]
-            axes.errorbar([place(p) for p in mine], values, (below, above), marker="o", ms=4, capsize=2, label=method)
-        whole = everything["scores"][group][headline]["value"]
-        axes.plot(place(everything), whole, marker="*", ms=12, color="black", linestyle="none", label=ALL_TOKENS)
-        axes.axhline(whole, color="black", linewidth=0.8, linestyle=":")
+            label = method if decoding is None else f"{method}, {decoding}"
+            if method == ALL_TOKENS:
+                fill = "full" if decoding is None else "none"
+                star = {"marker": "*", "ms": 12, "color": "black", "linestyle": "none", "fillstyle": fill}
+                axes.plot([place(point) for point in points], values, label=label, **star)
+                continue
+            bars = (
+                [score["value"] - score["low"] for score in scores],
+                [score["high"] - score["value"] for score in scores],
+            )
+            line = {
+                "color": f"C{methods.index(method) - 1}",
+                "linestyle": DASHES[decodings.index(decoding) % len(DASHES)],
+            }
+            axes.errorbar([place(p) for p in points], values, bars, marker="o", ms=4, capsize=2, label=label, **line)
+        axes.axhline(everything, color="black", linewidth=0.8, linestyle=":")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     tokens, times = panels

@@ -128,6 +128,9 @@ def sweep(
         str, typer.Option(help="Reducers, as hiprune,random or hiprune:alpha=0.2; else all that the model can use.")
     ] = "",
     keep: Annotated[str, typer.Option(help="Budgets, as shares or tokens.")] = "1/2,1/3,1/4,1/6,1/9",
+    decoding: Annotated[
+        str, typer.Option(help="All of that once more with each of these strategies, as damro:alpha=0.5,vcd.")
+    ] = "",
     seeds: Annotated[int, typer.Option(min=1, help="Runs of a method that draws at random.")] = 3,
     data: Annotated[Path | None, typer.Option(help="As for eval.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many questions.")] = None,
@@ -148,10 +151,11 @@ def sweep(
     from mllm_vision.settings import parse_value
 
     (asked,) = parse_tasks([task])
-    names, keeps = [m for m in methods.split(",") if m], [parse_value(k) for k in keep.split(",")]
+    names, strategies = ([name for name in given.split(",") if name] for given in (methods, decoding))
+    keeps = [parse_value(k) for k in keep.split(",")]
 
     def work(host: Any, processor: Any, **shared: Any) -> dict[str, Any]:
-        points = sweeping.plan(host, names, keeps, seeds)
+        points = sweeping.plan(host, names, keeps, seeds, strategies)
         return sweeping.sweep(host, processor, asked, points, out, repeats=repeats, **shared)
 
     shared = {"overwrite": overwrite, "data": data, "limit": limit, "batch_size": batch_size}

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from mllm_vision.decoding import DamroConfig, VCDConfig
 from mllm_vision.eval import sweep as sweeping
 from mllm_vision.eval.scores import Tallies
 from mllm_vision.eval.tasks.scenes import Scenes
@@ -34,6 +35,41 @@ def test_a_plan_has_all_usable_methods_and_seeds_where_chance_enters(loaded):
     assert points[-1].runs == [[RandomConfig(keep=0.25, seed=seed)] for seed in range(3)]
     assert points[5].runs == [[HiPruneConfig(keep=0.5)]]
     assert not hasattr(loaded[0], "vision_slots")
+
+
+def test_a_plan_has_every_point_again_with_a_strategy_whose_noise_has_the_same_seeds(loaded):
+    points = sweeping.plan(loaded[0], ["hiprune", "random"], [0.5], seeds=2, strategies=["damro:alpha=0.5", "vcd"])
+    half, noise = HiPruneConfig(keep=0.5), [VCDConfig(seed=seed) for seed in range(2)]
+    drawn = [RandomConfig(keep=0.5, seed=seed) for seed in range(2)]
+    assert [(p.decoding, p.method, p.runs) for p in points[3:]] == [
+        ("damro:alpha=0.5", "all tokens", [[DamroConfig(alpha=0.5)]]),
+        ("damro:alpha=0.5", "hiprune", [[half, DamroConfig(alpha=0.5)]]),
+        ("damro:alpha=0.5", "random", [[one, DamroConfig(alpha=0.5)] for one in drawn]),
+        ("vcd", "all tokens", [[one] for one in noise]),
+        ("vcd", "hiprune", [[half, one] for one in noise]),
+        ("vcd", "random", [[one, noise[i]] for i, one in enumerate(drawn)]),
+    ]
+    with pytest.raises(ValueError, match="hiprune is a method of kind reducer, not decoding"):
+        sweeping.plan(loaded[0], ["hiprune"], [0.5], seeds=1, strategies=["hiprune:keep=9"])
+
+
+def test_what_a_strategy_changes_is_told_at_every_budget(loaded, tmp_path):
+    points = sweeping.plan(loaded[0], ["pool"], [9], seeds=1, strategies=["damro:alpha=0", "text_only:alpha=3"])
+    record = sweeping.sweep(*loaded, TASK, points, tmp_path, repeats=1, batch_size=8)
+    group, name = TASK.headline
+    values = [point["scores"][group][name]["value"] for point in record["points"]]
+    assert values[2:4] == values[:2]  # without contrast, the same answers
+    assert values[4:] != values[:2]
+    for point, value, plain in zip(record["points"][2:], values[2:], 2 * values[:2], strict=True):
+        assert point["to_plain"][group][name]["value"] == pytest.approx(value - plain)
+        assert point["differences"][group][name]["value"] == pytest.approx(value - values[0])
+    assert "to_plain" not in record["points"][1]
+    console = Console(width=160, record=True)
+    console.print(sweeping.report(record))
+    lines = console.export_text().splitlines()
+    assert sum("text_only:alpha=3" in line for line in lines) == 2
+    assert sum("plain" in line for line in lines) == 3  # two points, and the heading
+    sweeping.draw(record, tmp_path / "sweep.png")
 
 
 def test_a_plan_leaves_out_what_the_model_cannot_use():
