@@ -29,6 +29,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 import mllm_vision as mv
 from mllm_vision.adapter_folder import save_adapter
 from mllm_vision.api import source_of
+from mllm_vision.eval.evaluation import data_folder
+from mllm_vision.eval.task import parse_tasks
 from mllm_vision.folders import whole_folder
 from mllm_vision.host import adapter_for
 from mllm_vision.recipes.assembly import AssemblySpec, assemble
@@ -49,6 +51,8 @@ from mllm_vision.registry import MethodConfig
 
 _RECORD = "recipe.yaml"
 _BASE = "base"
+_HANDED_OUT = ("publish_dtype", "publish_rank", "task", "data", "about", "card", "note", "overwrite")
+"""Fields of a recipe that no weight depends on: what is done with the last stage's."""
 
 
 def train(recipe: str | Path, overrides: Sequence[str] = ()) -> Path:
@@ -78,6 +82,11 @@ def train(recipe: str | Path, overrides: Sequence[str] = ()) -> Path:
         if isinstance(stage, ConversationsStage) and not (output / stage.name).is_dir():
             for data in (*stage.data, *stage.validation):
                 data.require_files()  # rather now than when the stages ahead have been trained
+    if plan.task is not None and plan.data is not None:
+        (task,) = parse_tasks(plan.task)
+        asked = data_folder(task, plan.data)
+        if asked is not None and not asked.is_dir():
+            raise FileNotFoundError(f"task {task.name}: there is no {asked}, where data says its questions are")
     if first.should_save:
         _claim(plan, output)
     set_seed(plan.seed)
@@ -135,7 +144,8 @@ def _claim(plan: Recipe, output: Path) -> None:
     if output.is_dir() and any(output.iterdir()):
         if not _is_record(record):
             raise FileExistsError(f"{output} is not empty and holds no training run; choose another output")
-        same = yaml.safe_load(record.read_text(encoding="utf-8")) == wanted
+        held = yaml.safe_load(record.read_text(encoding="utf-8"))
+        same = all(held[name] == value for name, value in wanted.items() if name not in _HANDED_OUT)
         if plan.overwrite or not (same or _has_learnt(output)):
             shutil.rmtree(output)
         elif (output / "model").exists():

@@ -100,6 +100,8 @@ class Toy:
         shrunk = {"output": str(self.root / name), "task": None, "model": self.beginning(name, plan)}
         if isinstance(plan.model, UHDTowerSpec) and plan.model.base != "tiny-llava-scenes":
             shrunk["side"] = plan.model.patch_size * 2 ** len(plan.model.merger_layers) * 4
+        if plan.publish_rank is not None:
+            shrunk["publish_rank"] = 1
         for stage in plan.stages:
             at = f"stages.{stage.name}"
             arguments = f"{at}.arguments"

@@ -196,6 +196,20 @@ def test_an_unfinished_run_is_not_continued_with_another_recipe(toy, tmp_path, m
         train(toy, [output, "seed=1"])
 
 
+def test_an_unfinished_run_goes_on_with_another_card_and_another_task(toy, tmp_path, monkeypatch):
+    output = f"output={tmp_path / 'run'}"
+    train_and_kill(monkeypatch, toy, "patch_words", 1, output)
+    folder = train(toy, [output, "about=Something else.", "task=scenes:questions=5:side=70"])
+    assert "Something else." in (folder / "README.md").read_text()
+    assert json.loads((folder / "scores.json").read_text())["task"] == "scenes:questions=5:side=70"
+
+
+def test_questions_that_are_not_there_are_missed_before_training(toy, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"task photos: there is no .*photos, where data says"):
+        train(toy, [f"output={tmp_path / 'run'}", "task=photos", f"data={tmp_path}"])
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("extra", [[], ["overwrite=true"]])
 def test_a_folder_that_holds_no_run_is_left_alone(toy, tmp_path, extra):
     (tmp_path / "precious.txt").write_text("mine")
