@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 BASE_FILE = "mllm_vision_base.json"
 ASSEMBLED = "assemble:"
-"""How a base is named that is in no folder: by what it is assembled of, see `mllm_vision.recipes.assembly`."""
+"""How a base is named that is in no folder: by what it is assembled of, see `mllm_vision.assembly`."""
 VERSION = 1
 """Version of `BASE_FILE`."""
 

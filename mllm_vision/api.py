@@ -65,7 +65,7 @@ def load(
     elif base is not None:
         raise ValueError(f"a base belongs to an adapter, and {source} is none")
     if str(source).startswith(ASSEMBLED):
-        from mllm_vision.recipes.assembly import assemble_again
+        from mllm_vision.assembly import assemble_again
 
         model, processor = assemble_again(str(source), **kwargs)
     else:

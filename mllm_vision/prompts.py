@@ -8,6 +8,15 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 IMAGE_MARK = "<image>"
 """Where an image stands in a question. A question without marks has its images first."""
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'].upper() }}: "
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n{% endif %}{% endfor %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{% endif %}{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %} {% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+"""Of models whose language model has none: images ahead of the text of a message, "USER: ... ASSISTANT:" around it."""
 
 
 def question_parts(question: str, images: int) -> list[dict[str, str]]:

@@ -11,10 +11,10 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
+from mllm_vision.assembly import AssemblySpec
 from mllm_vision.eval.task import parse_tasks
 from mllm_vision.host import PARTS
 from mllm_vision.recipes.adapter_rank import require_plain
-from mllm_vision.recipes.assembly import AssemblySpec
 from mllm_vision.recipes.quantisation import Quantisation
 from mllm_vision.recipes.stages import STAGES, AnswersStage, ConversationsStage, Stage
 from mllm_vision.recipes.tiny_model import NewModelSpec

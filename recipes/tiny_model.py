@@ -15,18 +15,11 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from mllm_vision.prompts import CHAT_TEMPLATE
 from mllm_vision.scenes.draw import COLOURS, SHAPES, SIZES, TEXTS, TEXTURES
 from mllm_vision.settings import Settings
 
 BACKGROUND, CENTRE, REST = "background", "centre", "rest"  # words for patches that carry no thing, its middle, the rest
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'].upper() }}: "
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n{% endif %}{% endfor %}"
-    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
-    "{% endif %}{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %} {% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-)
 
 _SCENE_WORDS = (*SHAPES, *COLOURS, *SIZES, *TEXTURES, *TEXTS, BACKGROUND, CENTRE, REST)
 _SENTENCE_WORDS = """

@@ -29,11 +29,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 import mllm_vision as mv
 from mllm_vision.adapter_folder import save_adapter
 from mllm_vision.api import source_of
+from mllm_vision.assembly import AssemblySpec, assemble
 from mllm_vision.eval.evaluation import data_folder
 from mllm_vision.eval.task import parse_tasks
 from mllm_vision.folders import whole_folder
 from mllm_vision.host import adapter_for
-from mllm_vision.recipes.assembly import AssemblySpec, assemble
 from mllm_vision.recipes.cached_tower import cached_tower
 from mllm_vision.recipes.checkpoints import checkpoints_of, drop_broken, latest_checkpoint
 from mllm_vision.recipes.disk import require_room

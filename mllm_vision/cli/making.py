@@ -127,8 +127,8 @@ def assemble(
     overwrite: Overwrite = False,
 ) -> None:
     """Make a model of a pretrained tower and a pretrained language model, with a projector still to be trained."""
+    from mllm_vision.assembly import assemble as assembled
     from mllm_vision.host import adapter_for
-    from mllm_vision.recipes.assembly import assemble as assembled
 
     model, _ = assembled(tower, language, out, side=side, feature_layer=feature_layer, overwrite=overwrite)
     untrained = adapter_for(model.config).projector(model).parameters()

@@ -23,10 +23,10 @@ from transformers import (
 )
 
 import mllm_vision as mv
+from mllm_vision.assembly import AssemblySpec
 from mllm_vision.host import adapter_for, inside
 from mllm_vision.photos.export import export_photos
 from mllm_vision.recipes import train as train_module
-from mllm_vision.recipes.assembly import AssemblySpec
 from mllm_vision.recipes.lora import linear_layers
 from mllm_vision.recipes.recipe import load_recipe, recipe_names
 from mllm_vision.recipes.stages import AnswersStage, ConversationsStage, ObjectWordsStage, PatchWordsStage

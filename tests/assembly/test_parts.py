@@ -8,9 +8,8 @@ import torch
 from transformers import Dinov2Config, Dinov2Model
 
 import mllm_vision as mv
-from mllm_vision.recipes import real_parts
-from mllm_vision.recipes.assembly import assemble
-from mllm_vision.recipes.real_parts import dinov2_weights, find_language, find_tower
+from mllm_vision.assembly import assemble, parts
+from mllm_vision.assembly.parts import dinov2_weights, find_language, find_tower
 from tests.hosts import picture
 
 
@@ -46,7 +45,7 @@ def test_an_exported_graph_gives_back_the_weights_it_was_made_of():
         for theirs, ours in HUB.items():
             name = name.replace(ours, theirs)
         if key == "embeddings.position_embeddings":
-            tensors[real_parts.ONNX_POSITIONS[0]], tensors[real_parts.ONNX_POSITIONS[1]] = weight[:, :1], weight[:, 1:]
+            tensors[parts.ONNX_POSITIONS[0]], tensors[parts.ONNX_POSITIONS[1]] = weight[:, :1], weight[:, 1:]
         elif "encoder" in key and weight.dim() == 2:
             number = f"onnx::MatMul_{len(tensors)}"
             tensors[number] = weight.T
@@ -68,7 +67,7 @@ def test_a_package_that_is_not_there_is_an_error_with_the_command(monkeypatch, f
     module = package.replace("-", "_")
     there = ModuleSpec("there", None, origin="/there/__init__.py")
     for lacking in (module, reader):
-        monkeypatch.setattr(real_parts, "find_spec", lambda name, lacking=lacking: None if name == lacking else there)
+        monkeypatch.setattr(parts, "find_spec", lambda name, lacking=lacking: None if name == lacking else there)
         with pytest.raises(
             ImportError, match=rf'pip install "mllm-vision\[real\]" && pip install --no-deps {package}$'
         ):

@@ -33,8 +33,8 @@ from typer.testing import CliRunner
 
 import mllm_vision as mv
 from mllm_vision.adapter_folder import save_adapter
+from mllm_vision.assembly.joining import AssemblySpec, assemble, resample_positions
 from mllm_vision.cli import app
-from mllm_vision.recipes.assembly import AssemblySpec, assemble, resample_positions
 from mllm_vision.recipes.lora import LoraSpec, with_lora
 from mllm_vision.towers import ViTUHDConfig, ViTUHDImageProcessor, ViTUHDModel
 from tests.hosts import picture

@@ -27,11 +27,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from mllm_vision.adapter_folder import ASSEMBLED
+from mllm_vision.assembly.parts import Language, Tower, find_language, find_tower
 from mllm_vision.folders import check_empty, whole_folder
 from mllm_vision.host import adapter_for
-from mllm_vision.prompts import IMAGE_MARK
-from mllm_vision.recipes.real_parts import Language, Tower, find_language, find_tower
-from mllm_vision.recipes.tiny_model import CHAT_TEMPLATE
+from mllm_vision.prompts import CHAT_TEMPLATE, IMAGE_MARK
 from mllm_vision.settings import Settings, parse_spec, spec
 from mllm_vision.towers import ViTUHDProcessor
 
