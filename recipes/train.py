@@ -12,6 +12,7 @@ import gc
 import json
 import shlex
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -248,6 +249,9 @@ def _run_stage(
         shutil.rmtree(partial, ignore_errors=True)
         drop_broken(checkpoints)
         require_room(checkpoints, trained, arguments, steps_of(trainer))
+    learning = sum(parameter.numel() for parameter in trained.parameters() if parameter.requires_grad)
+    title = f"Stage {stage.name}: {steps_of(trainer)} steps, {learning / 1e6:.1f} million parameters learn"
+    trainer.accelerator.print(title, file=sys.stderr)
     started = time.monotonic()
     with cached_tower(trained) if isinstance(stage, FilesStage) and stage.cache_tower else nullcontext():
         trainer.train(resume_from_checkpoint=latest)

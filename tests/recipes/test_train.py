@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 
 import pytest
 import torch
@@ -194,6 +195,12 @@ def test_an_unfinished_run_is_not_continued_with_another_recipe(toy, tmp_path, m
     train_and_kill(monkeypatch, toy, "patch_words", 1, output)
     with pytest.raises(FileExistsError, match="unfinished run of another recipe"):
         train(toy, [output, "seed=1"])
+
+
+def test_the_console_tells_the_stages(toy, tmp_path, capsys):
+    train(toy, [f"output={tmp_path / 'run'}"])
+    told = re.findall(r"Stage (\w+): (\d+) steps, (\d+\.\d) million parameters learn\n", capsys.readouterr().err)
+    assert [(name, steps) for name, steps, _ in told] == [("tower", "3"), ("language", "3")]
 
 
 def test_an_unfinished_run_goes_on_with_another_card_and_another_task(toy, tmp_path, monkeypatch):
