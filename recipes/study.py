@@ -1,7 +1,7 @@
 """A study: one recipe trained in several ways with several seeds, and what the differences in scores are worth.
 
 Every run is one of the recipe, in a folder of its own, so a study that was cut off goes on where it was. The arms are
-compared with the first one pair by pair, on the same questions.
+compared pair by pair, on the same questions: with the first one, or with another that they name.
 """
 
 from __future__ import annotations
@@ -53,10 +53,11 @@ class Study(Settings):
         output: Folder of the runs, one folder each.
         task: What the trained models are asked.
         seeds: Of the runs of each arm.
-        arms: By name, the `key=value` overrides of the recipe that make it; the first is what others are compared with.
-            Arms with the same overrides share their runs.
+        arms: By name, the `key=value` overrides of the recipe that make it. Arms with the same overrides share their
+            runs.
         plug: By arm, methods that take the place of the recipe's when the trained model is asked, as
             "hiprune:keep=1/3".
+        against: By arm, the one that it is compared with, if that is not the first.
     """
 
     recipe: str
@@ -65,15 +66,21 @@ class Study(Settings):
     seeds: list[int]
     arms: dict[str, list[str]]
     plug: dict[str, str] = field(default_factory=dict)
+    against: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.seeds or not self.arms:
             raise ValueError("a study needs seeds and arms, one of each at least")
-        if unknown := sorted(set(self.plug) - set(self.arms)):
-            raise ValueError(f"plug names no arm with {', '.join(unknown)}; the arms are {', '.join(self.arms)}")
+        for name, named in (("plug", {*self.plug}), ("against", {*self.against, *self.against.values()})):
+            if unknown := sorted(named - set(self.arms)):
+                raise ValueError(f"{name} names no arm with {', '.join(unknown)}; the arms are {', '.join(self.arms)}")
         for methods in self.plug.values():
             parse_methods(methods)
+
+    def baseline(self, arm: str) -> str:
+        """The arm that one is compared with."""
+        return self.against.get(arm, next(iter(self.arms)))
 
     def runs(self, arm: str) -> list[Recipe]:
         """The runs of an arm, one a seed."""
@@ -123,7 +130,8 @@ def run_study(plan: Study, say: Callable[[str], None] = lambda line: None, *, co
         what was ``plug``ged in, ``parameters``, ``visual_tokens`` of the first question and the ``flops`` of its
         steps, ``seconds`` of training by seed (None for a run that was resumed), what each stage reached on
         ``held_out`` scenes by seed, the headline of each of the ``seeds``, ``scores`` of all seeds together and
-        ``differences`` to the first arm. With ``cost_repeats`` also ``cost``, what `training_cost` returns.
+        ``differences`` to the arm that it is compared ``against``. With ``cost_repeats`` also ``cost``, what
+        `training_cost` returns.
     """
     (task,) = parse_tasks([plan.task])
     for seed in plan.seeds:
@@ -145,6 +153,7 @@ def run_study(plan: Study, say: Callable[[str], None] = lambda line: None, *, co
             facts[arm] = {"parameters": find_host(model).num_parameters(), **prompt_cost(model, processor, task)}
             asked = evaluate(model, processor, task, out=answers, batch_size=32)
             found.setdefault(arm, []).append(asked.tasks[task.name])
+    tallies = {arm: [result.tallies for result in results] for arm, results in found.items()}
     first, *_ = plan.arms
     record = {
         "environment": environment(),
@@ -157,11 +166,12 @@ def run_study(plan: Study, say: Callable[[str], None] = lambda line: None, *, co
             arm: {
                 "overrides": plan.arms[arm],
                 "plug": plan.plug.get(arm),
+                "against": plan.baseline(arm),
                 **facts[arm],
                 "seconds": [_seconds(run) for run in plan.runs(arm)],
                 "held_out": [_held_out(run) for run in plan.runs(arm)],
                 "seeds": [result.headline.value for result in results],
-                **seeds_against(task, [r.tallies for r in results], [r.tallies for r in found[first]]),
+                **seeds_against(task, tallies[arm], tallies[plan.baseline(arm)]),
             }
             for arm, results in found.items()
         },
@@ -215,7 +225,7 @@ def _stage_records(run: Recipe) -> list[dict[str, Any]]:
 
 
 def report(record: dict[str, Any]) -> RenderableType:
-    """The arms as a table: their size and cost, the task's headline by seed and of all, the difference to the first.
+    """The arms as a table: their size and cost, the task's headline by seed and of all, the difference to another arm.
 
     GFLOPs are those of the first question, up to the first token of its answer; "a step" is the time of a step of
     training over the first arm's, MB its memory above the loaded model.
@@ -230,7 +240,9 @@ def report(record: dict[str, Any]) -> RenderableType:
     if record["before"] is not None:
         scored = _cell(record["before"][group][headline], ".3f")
         table.add_row(BEFORE, *[""] * (4 + len(measured)), scored, "")
-    for i, (name, arm) in enumerate(record["arms"].items()):
+    first, *_ = record["arms"]
+    for name, arm in record["arms"].items():
+        difference = _cell(arm["differences"][group][headline], "+.3f") if name != arm["against"] else ""
         table.add_row(
             name,
             f"{arm['parameters'] / 1e6:.2f} M",
@@ -239,7 +251,7 @@ def report(record: dict[str, Any]) -> RenderableType:
             *((f"{cost[name]['ratio']['median']:.2f}", f"{cost[name]['megabytes']:.0f}") if cost else ()),
             ", ".join(f"{value:.3f}" for value in arm["seeds"]),
             _cell(arm["scores"][group][headline], ".3f"),
-            _cell(arm["differences"][group][headline], "+.3f") if i else "",
+            difference + (f" to {arm['against']}" if arm["against"] != first else ""),
         )
     return table
 

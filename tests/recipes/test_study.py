@@ -32,6 +32,7 @@ def plan(tmp_path_factory):
         "seeds": [3, 4],
         "arms": {"stock": ["methods=[]", *short], "added": [ADDED, *short], "pruned": ["methods=[]", *short]},
         "plug": {"pruned": "random:keep=1/4"},
+        "against": {"pruned": "added"},
     }
     (folder / "toy.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
     return load_study(folder / "toy.yaml")
@@ -54,6 +55,10 @@ def test_each_arm_has_its_seeds_scores_and_difference(record):
     difference = added["differences"]["mean of families"]["accuracy"]["value"]
     assert difference == pytest.approx(sum(added["seeds"]) / 2 - sum(stock["seeds"]) / 2)
     assert stock["differences"]["mean of families"]["accuracy"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    assert [arm["against"] for arm in (stock, added, pruned)] == ["stock", "stock", "added"]
+    assert pruned["differences"]["mean of families"]["accuracy"]["value"] == pytest.approx(
+        sum(pruned["seeds"]) / 2 - sum(added["seeds"]) / 2
+    )
     kernels, project = 2 * 192 * (5 * 5 + 10 * 10), 2 * 256
     assert added["parameters"] - stock["parameters"] == kernels + project
     assert [arm["visual_tokens"] for arm in (stock, added)] == [100, 102]
@@ -132,8 +137,9 @@ def test_studies_that_come_along_can_be_read():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("arm: {}", "Study has no field arm; its fields are recipe, output, task, seeds, arms, plug"),
+        ("arm: {}", "Study has no field arm; its fields are recipe, output, task, seeds, arms, plug, against"),
         ("plug: {prune: random:keep=1/2}", "plug names no arm with prune; the arms are stock"),
+        ("against: {stock: prune}", "against names no arm with prune; the arms are stock"),
         ("plug: {stock: rendom:keep=1/2}", "unknown method 'rendom'"),
         ("seeds: [0, one]", r"seeds must be a list, each of type int, got \[0, 'one'\]"),
         ("seeds: []", "a study needs seeds and arms"),
