@@ -1,4 +1,4 @@
-"""Benchmarks whose questions are of families, each of which is scored by itself."""
+"""Benchmarks whose questions come in families, each scored separately."""
 
 from __future__ import annotations
 

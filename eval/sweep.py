@@ -1,9 +1,10 @@
 """Every reducer at every budget on one benchmark, with and without a decoding strategy: what is lost, what is saved.
 
-A point is a method at a budget under a way of decoding; where one of them draws at random, it is the mean over seeds,
-whose tallies are averaged unit by unit. Points are compared pair by pair with all tokens, plainly decoded, and with
-themselves, plainly decoded. Times to the first token are medians over single
-questions that all points are asked in turn, so that whatever else the machine does hits all alike.
+A point is a method at a budget with a decoding strategy, or with none ("plain"). If the method or the strategy is
+random, a point is the mean over seeds, whose tallies are averaged unit by unit. Every point is compared, paired by
+question, with all tokens under plain decoding, and a point with a strategy also with the same point under plain
+decoding. Times to the first token are medians over single questions; on each, the points take turns, so that other load
+on the machine affects all alike.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ VERSION = 1
 """Version of `BASE_FILE`."""
 
 SAMPLED_WEIGHTS, SAMPLED_VALUES = 32, 8
-"""Weights of each part, and values of each weight, by which a base is known again."""
+"""How many weights of each part, and values of each weight, are stored to recognise the base."""
 TOLERANCE = 2**-7
 """Relative difference that rounding a value to bfloat16 once or twice stays below."""
 TINY = 1e-7
@@ -73,7 +73,7 @@ class Base:
         for name in weights:
             if not any(inside(name, module) for module in (*trained, SLOTS)):
                 by_part[adapter.part_of(name)].append(name)
-        # Drawn by their names, so that no kind of weight is left out because it comes at the same place of every layer.
+        # In the order of a hash of their names: at a fixed stride, one kind of weight could be missed in every layer.
         chosen = [sorted(names, key=lambda n: zlib.crc32(n.encode()))[:SAMPLED_WEIGHTS] for names in by_part.values()]
         sampled: dict[str, dict[str, Any]] = {
             name: {"shape": list(weights[name].shape), "values": _sample(weights[name])}
@@ -169,12 +169,12 @@ def save_adapter(
     """Write the adapter of a model from `with_lora` or `attach`.
 
     Args:
-        base: Folder or hub id of the model that it was trained on, as those will find it who load the adapter.
+        base: Folder or hub id of the model that it was trained on, valid where the adapter will be loaded.
         state_dict: Gathered weights of a model that is sharded over processes (ZeRO-3, FSDP), the frozen ones or not;
             None for those of ``model``.
 
     Raises:
-        ValueError: a model of another origin, of which nobody took down what it was before training.
+        ValueError: the model is not from `with_lora` or `attach`, so that its base is unknown.
     """
     trained_on: Base | None = getattr(model, "trained_on", None)
     if trained_on is None:

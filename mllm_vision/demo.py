@@ -34,7 +34,7 @@ from mllm_vision.reducers import CLSTopKConfig, DownsampleConfig, HiPruneConfig,
 from mllm_vision.registry import MethodConfig
 from mllm_vision.scenes import FAMILIES, render, sample_scene
 
-MODEL = "tiny-llava-scenes"
+SCENES_MODEL, PHOTOS_MODEL = "tiny-llava-scenes", "dino-smollm2"
 SPLIT: Final = "test"
 SEED = 0
 METHODS: dict[str, list[MethodConfig]] = {
@@ -105,7 +105,7 @@ class MethodResult:
 def run_demo(
     out: str | Path,
     *,
-    model: str | Path = MODEL,
+    model: str | Path | None = None,
     photos: str | Path | None = None,
     n: int = 96,
     rounds: int = 12,
@@ -116,7 +116,8 @@ def run_demo(
 
     Args:
         out: A folder.
-        model: A checkpoint trained on drawn scenes or on composed photographs, as for `mv.load`.
+        model: A checkpoint trained on drawn scenes or on composed photographs, as for `mv.load`; None is the one that
+            comes with the library.
         photos: Folder that `mllm-vision photos` wrote, to ask about its test photographs; None asks about scenes.
         n: Number of questions.
         rounds: Measurements that a time is the median of.
@@ -125,9 +126,11 @@ def run_demo(
 
     Raises:
         FileExistsError: ``out`` has something in it and ``overwrite`` is false.
+        ImportError: there is no package with the parts of the model that comes along for photographs.
         ValueError: ``n`` or ``rounds`` is less than 1, or there are no questions in ``photos``.
     """
     out = Path(out)
+    model = model or (SCENES_MODEL if photos is None else PHOTOS_MODEL)
     photographed = None if photos is None else list(islice(photo_questions(photos), n))
     if min(n, rounds) < 1:
         raise ValueError(f"n and rounds must be 1 or more, got {n} and {rounds}")

@@ -1,7 +1,7 @@
-"""An adapter of less rank: of every update s B A, what its largest singular values make.
+"""Reduce the rank of a LoRA adapter: a truncated SVD of every update s B A.
 
-Training at a high rank and handing out a low one keeps more than training at the low rank does, and costs a few MB
-instead of tens. The best approximation of a given rank is that of Eckart and Young, Psychometrika 1 (1936).
+So one trains at a high rank and publishes a low one, a few MB instead of tens. The truncated SVD is the best
+approximation of its rank (Eckart and Young, Psychometrika 1, 1936).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A frozen tower runs once over the pictures of a data set; training takes its features from disk.
 
-`cached_rows` stands in for a data set: it fills the cache, and has features where there were pictures. `cached_tower`
-has the model take them. Pictures still go through the tower, so that the model can be asked about others meanwhile, and
-what is saved is the model as it was.
+`cached_rows` fills the cache and returns the data set with features in place of pixels; inside `cached_tower` the model
+takes them. Images still run through the tower, so that the model can be evaluated on others while it trains, and
+checkpoints hold the whole model.
 
 Shapes: n pictures of a row, N positions of the tower (CLS among them, where it has one), C channels, L layers that the
 projector takes. Features are (n, N, L * C) in float16, whose rounding is all that differs from training without them.
@@ -171,9 +171,9 @@ def cached_rows(rows: Any, model: nn.Module, folder: str | Path, *, batch_size: 
 
 @contextmanager
 def cached_tower(model: nn.Module) -> Iterator[None]:
-    """Inside the block the tower hands on what it is given as ``pixel_values``, where that is features (B, N, L * C).
+    """Inside the block, ``pixel_values`` that are features (B, N, L * C) pass through the tower unchanged.
 
-    Pictures (B, 3, H, W) go through it as ever. No module changes its place, so that checkpoints hold the tower.
+    Images (B, 3, H, W) are encoded as usual. Only the tower's `forward` is replaced, so checkpoints hold the tower.
 
     Raises:
         ValueError: a tower that is trained, tiles or pictures of any size, or a method that asks the tower for evidence

@@ -1,4 +1,4 @@
-"""Whether what a run will write has room, before it begins."""
+"""Check, before a run begins, that the disk has room for what it will write."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class LoraSpec(Settings):
     Args:
         target: Parts whose linear layers get it; "all" is every part that has any. Never the head.
         r: Rank.
-        alpha: What an update is multiplied by, times r (its square root with rsLoRA).
+        alpha: Updates are multiplied by alpha / r (alpha / sqrt(r) with rsLoRA).
         dropout: Share of an update's inputs that is dropped in training, in [0, 1).
         options: Other settings of `peft.LoraConfig`, as use_dora, use_rslora or layers_to_transform.
 
@@ -72,7 +72,7 @@ class LoraSpec(Settings):
 
 
 def with_lora(model: PreTrainedModel, spec: LoraSpec, trains: Sequence[str] = ()) -> PeftModel:
-    """The model with LoRA; everything else is frozen but what is trained in full, a copy of which PEFT makes.
+    """The model with LoRA. All else is frozen, except modules trained in full, which PEFT copies.
 
     Weights of methods are always trained in full.
 
@@ -120,8 +120,8 @@ def linear_layers(host: PreTrainedModel, part: str, numbers: int | list[int] | N
     """Names of the linear layers of a part that a gradient can reach, quantised ones among them.
 
     Args:
-        numbers: Of the transformer layers that they are in, which PEFT, given full names, does not look at; None for
-            all, and those that are in none.
+        numbers: Of the transformer layers to restrict this to, since PEFT ignores `layers_to_transform` when it is
+            given full names; None for all linear layers, those outside any transformer layer among them.
     """
     adapter = adapter_for(host.config)
     idle = (*adapter.idle(host.config), HEAD, SLOTS)

@@ -1,4 +1,4 @@
-"""The nouns of what lies under each patch of a composed photograph, said by the tower through the projector.
+"""Align a projector with word embeddings: each patch of a composed photograph learns the noun of what it shows.
 
 A cheap beginning for a fresh projector between a frozen tower and a frozen language model: each patch on a thing learns
 to be the word for it among the language model's own embeddings, which costs a pass through the tower alone. Captions
@@ -116,9 +116,9 @@ def photo_patch_batch(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 class ObjectWords(nn.Module):
     """Compares each visual token with the language model's embeddings of nouns.
 
-    A noun is the mean of the embeddings of its tokens, as it stands behind another word. The loss is that of telling
-    the nouns apart by direction, and the distance to the right one, so that a token is about as long as a word.
-    Background, most of every picture, weighs a tenth.
+    A noun is the mean embedding of its tokens, tokenized with a leading space. The loss is cross-entropy over cosine
+    similarities, plus the squared distance to the right noun over its squared norm, so that visual tokens get the norm
+    of words. Background, most of every image, has a weight of 0.1.
 
     Args:
         model: A host with as many visual tokens as patches.

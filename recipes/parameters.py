@@ -49,8 +49,8 @@ def parameter_groups(
         model: A host, or what PEFT or a parallel wrapper made of one.
         learning_rate: Of the parts that ``learning_rates`` does not name.
         learning_rates: By part.
-        layer_decay: By part, what the rate is multiplied by from each layer to the one below it; the deepest layer that
-            the host takes anything from has the full rate, what lies ahead of the first that of a layer below it.
+        layer_decay: By part, the factor from the rate of each layer to that of the one before it. The deepest layer
+            that the host reads has the full rate; embeddings count as one more layer before the first.
 
     Returns:
         Groups with ``name`` (the part, the layer where rates fall, "no_decay"), ``params``, ``lr``, ``weight_decay``.
@@ -101,7 +101,7 @@ def transformer_layers(host: PreTrainedModel, part: str) -> list[str]:
 
 
 def _steps_below(host: PreTrainedModel, part: str) -> dict[str, int]:
-    """How far below the deepest layer that is of use each layer of a part is, and what lies ahead of the first."""
+    """For each layer of a part, and for embeddings before the first, its distance from the deepest layer in use."""
     adapter = adapter_for(host.config)
     idle = adapter.idle(host.config)
     layers = [name for name in transformer_layers(host, part) if name not in idle]

@@ -1,4 +1,4 @@
-"""A recipe: the YAML of a training run, read strictly. What cannot be is said before anything is loaded."""
+"""A recipe: the YAML of a training run, read strictly. Contradictions are errors before anything is loaded."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Recipe(Settings):
         overwrite: Drop what an earlier run left in `output`.
 
     Raises:
-        ValueError: what cannot be, before anything is loaded.
+        ValueError: settings that contradict each other, before anything is loaded.
     """
 
     output: str
@@ -106,7 +106,7 @@ class Recipe(Settings):
             self._check_quantised()
 
     def _check_rates(self, stage: Stage, methods_learn: bool) -> None:
-        """Raise where a part that learns nothing has a rate; whose named submodules are, only the model knows."""
+        """Raise where a frozen part has a rate; unchecked if `trains` names submodules, whose part the model knows."""
         learning = {*stage.trains, *(stage.lora.parts if stage.lora else ()), *(["projector"] * methods_learn)}
         for kind in ("learning_rates", "layer_decay"):
             if learning <= set(PARTS) and (idle := sorted(set(getattr(stage, kind)) - learning)):
@@ -211,7 +211,7 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 takes 1e-4 for a string; here it is the number that everybody means. A key stands once in a mapping."""
+    """Reads 1e-4 as a number, which YAML 1.1 takes for a string, and refuses duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]

@@ -35,7 +35,7 @@ class Stage(Settings):
         arguments: Fields of `transformers.TrainingArguments`.
 
     Raises:
-        ValueError: what cannot be, before anything is loaded.
+        ValueError: settings that contradict each other, before anything is loaded.
     """
 
     objective: str

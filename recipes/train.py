@@ -128,7 +128,7 @@ def training_arguments(plan: Recipe, stage: Stage) -> TrainingArguments:
 
 
 def _require_reporters(arguments: TrainingArguments) -> None:
-    """Raise where ``report_to`` names what is not known or not installed, which the Trainer says when all is loaded.
+    """Raise where ``report_to`` names an unknown or missing package; the Trainer would, but only after loading.
 
     Raises:
         ValueError: a name that transformers does not know; the message lists those it does.
@@ -216,7 +216,7 @@ def prepared(
     Args:
         source: What to go on from.
     """
-    set_seed(plan.seed)  # whatever stages came before in this process: new weights are drawn alike in one that resumes
+    set_seed(plan.seed)  # a process that resumes draws the same new weights, whatever stages ran before in this one
     model, processor = _load(plan, source)
     train_only(model, stage.trains)
     trained = model if stage.lora is None else with_lora(model, stage.lora, stage.trains)
@@ -324,6 +324,6 @@ def _base_name(plan: Recipe, base: str | Path) -> str:
 
 
 def _retrains_all(plan: Recipe, stage: Stage) -> bool:
-    """Whether a stage trains in full all that those before it did, so that its adapter fits what they began with."""
+    """Whether a stage fully trains everything that earlier stages did, so that its adapter fits the original base."""
     earlier = {name for other in plan.stages[: plan.stages.index(stage)] for name in other.trains}
     return earlier <= set(stage.trains)

@@ -166,7 +166,7 @@ class AskingTrainer(RecipeTrainer):
 
 
 class EpochsOf(TrainerCallback):
-    """Tells a sampler the epoch: where a run goes on in the midst of one, nobody else does, with several processes."""
+    """Calls `set_epoch` of a sampler, which nobody else does where several processes resume within an epoch."""
 
     def __init__(self, sampler: ModalityLengthSampler) -> None:
         self.sampler = sampler
@@ -178,9 +178,9 @@ class EpochsOf(TrainerCallback):
 
 
 class JSONLog(TrainerCallback):
-    """Writes all that a run logs as JSON lines; a run that goes on from a checkpoint drops what lay behind it.
+    """Writes everything a run logs as JSON lines; a resumed run drops the lines logged after its checkpoint.
 
-    Every checkpoint logs the loss up to it, so that the means of a resumed run are over the steps of an unbroken one's.
+    Every checkpoint logs the loss up to it, so that a resumed run averages over the same steps as an unbroken one.
 
     Args:
         file: Where to.

@@ -36,8 +36,8 @@ class Photos(FamilyTask, name="photos", paper="composed by mllm_vision.photos"):
     """Questions about composed photographs, by family.
 
     Args:
-        questions: Of each family; of existence, with each kind of negative and as many with what is there; of position,
-            of each of its two kinds.
+        questions: Of each family and kind: existence with each kind of negative and as many positives, count, and each
+            of the two kinds of position.
         families: Names of families joined by "/", or "all".
         split: Of the photographs.
     """

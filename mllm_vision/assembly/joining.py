@@ -1,6 +1,6 @@
 """A new model of pretrained parts: any tower that the host takes, any causal language model, and a projector to train.
 
-Every weight is that of its source but for two things: the projector, which is new, and rows for new tokens.
+All weights come from the sources, except the new projector and the embedding rows of new tokens.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def assemble(
         overwrite: Replace a model that is in ``out``.
 
     Returns:
-        The model and its processor. The projector is as the stock class draws it, so that a seed set before gives it
-        again: of the two packages, visual tokens begin with a norm of 1.1, where words have 3.2.
+        The model and its processor. The projector is initialised as the stock class does, so that a seed set before
+        reproduces it.
 
     Raises:
         ValueError: parts that do not go together, or a side that patches do not divide; no weight is read then. With

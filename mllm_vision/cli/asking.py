@@ -70,7 +70,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the results and the pictures.")] = Path("mllm-vision-demo"),
     n: Annotated[int, typer.Option(min=1, help="Number of questions.")] = 96,
     model: Annotated[
-        str | None, typer.Option(help='A checkpoint trained on such pictures; for scenes, "tiny-llava-scenes".')
+        str | None, typer.Option(help='Trained on such pictures; else "tiny-llava-scenes", with --real "dino-smollm2".')
     ] = None,
     real: Annotated[
         Path | None,
@@ -81,13 +81,11 @@ def demo(
     """Ask a small trained model about held-out pictures, with all visual tokens and with fewer."""
     from rich.console import Console
 
-    from mllm_vision.demo import MODEL, run_demo, table
+    from mllm_vision.demo import run_demo, table
 
-    if real is not None and model is None:
-        raise typer.BadParameter("--real needs --model, what `mllm-vision train dino_smollm2` made")
     console = Console()
     with console.status("starting") as status:
-        results = run_demo(out, model=model or MODEL, photos=real, n=n, overwrite=overwrite, say=status.update)
+        results = run_demo(out, model=model, photos=real, n=n, overwrite=overwrite, say=status.update)
     console.print(table(results))
     typer.echo(f"What was kept: {out}")
 

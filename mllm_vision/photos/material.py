@@ -48,7 +48,7 @@ class Vocabulary:
         return self._plurals.get(noun, noun + "s")
 
     def kin(self, noun: str) -> set[str]:
-        """Nouns that take this one in or are taken in by it: of a duck one may say that it is a bird."""
+        """Hypernyms and hyponyms of a noun: a duck may be called a bird."""
         return {kind for kind, members in self._kinds.items() if noun in members} | set(self._kinds.get(noun, ()))
 
 

@@ -67,8 +67,8 @@ class Asker:
     def absent_noun(self, photo: Photo, negative: str, rng: random.Random) -> str:
         """A noun that is not in the photograph: one of POPE's `NEGATIVES`, or "absent".
 
-        "absent" is for training: nouns are asked for in vain about as often as they are there, so that a noun says
-        nothing about the answer and only the picture does.
+        "absent" is for training: absent nouns are drawn about as often as nouns are present, so that the noun alone
+        does not predict the answer.
 
         Raises:
             ValueError: there is no such kind of negative.

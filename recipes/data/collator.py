@@ -29,8 +29,8 @@ class ChatCollator:
             sees itself alone, by a mask (1, 1, L, L) that SDPA and eager attention take. Methods that leave a picture
             fewer or more tokens than placeholders need padded rows.
         dtype: The model's, which the mask of a pack must have: SDPA misreads float32 beside float64 and says nothing.
-        blank_image: Give a batch without pictures one, behind an answer, where nothing that is learnt sees it. So every
-            process of a distributed run has gradients, if zero, for the same weights.
+        blank_image: Append a blank image to a batch without images, behind an answer, where no label attends to it: in
+            a distributed run every process then has gradients, if zero, for the same weights.
 
     Raises:
         ValueError: packing for a model whose positions have more than one dimension.
@@ -107,7 +107,7 @@ def _pictures(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _own_row(lengths: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """(1, 1, L, L): 0 where a token sees another, which stands ahead of it in its row, and elsewhere -inf, nearly."""
+    """(1, 1, L, L): the additive mask, 0 within a row up to the token itself, elsewhere the minimum of ``dtype``."""
     row = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     sees = (row[:, None] == row) & torch.ones(len(row), len(row), dtype=torch.bool).tril()
     return torch.zeros(sees.shape, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)[None, None]

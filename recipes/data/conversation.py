@@ -21,8 +21,8 @@ class BadRow(ValueError):
 
     Args:
         row_id: Its id, or the path of its file and its number.
-        reason: What is wrong with it. None where the error of a worker is made anew in the main process: `row_id` is
-            then its traceback, which ends with the message.
+        reason: What is wrong with it. None where torch raises a worker's error again in the main process; `row_id` is
+            then the worker's traceback, which ends with the message.
     """
 
     def __init__(self, row_id: str, reason: str | None = None):
@@ -46,7 +46,7 @@ def from_conversations(row: Mapping[str, Any]) -> Conversation:
     """A row with "conversations" (`from`, `value`) and "image", as LLaVA-1.5's data have it.
 
     Raises:
-        ValueError: it is not put together that way; says how.
+        ValueError: the row has another format; the message says what is wrong.
     """
     messages = [
         {"role": _role(turn.get("from")), "content": _split(_text(turn.get("value")))}
@@ -59,7 +59,7 @@ def from_messages(row: Mapping[str, Any]) -> Conversation:
     """A row with "messages" (`role`, `content`) whose pictures stand in their parts, in "images" or in "image".
 
     Raises:
-        ValueError: it is not put together that way; says how.
+        ValueError: the row has another format; the message says what is wrong.
     """
     listed = _listed(row["images"] if row.get("images") is not None else row.get("image"))
     own: list[Any] = []
@@ -81,7 +81,7 @@ def from_messages(row: Mapping[str, Any]) -> Conversation:
 
 
 def size(row: Mapping[str, Any]) -> tuple[int, int]:
-    """How many pictures a row of either kind speaks of, and how many characters it has; (0, 0) of a broken one."""
+    """The number of images and of characters in a row of either format; (0, 0) for a broken row."""
     texts, marks = [], 0
     turns = row.get("conversations") or row.get("messages")
     for turn in turns if isinstance(turns, list) else []:

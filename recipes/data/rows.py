@@ -63,7 +63,7 @@ def training_rows(
 class TrainingRows(Dataset):
     """Rows by number: those of the first table, as often as its weight says, then those of the next.
 
-    A broken row that is skipped is stood in for by the next good one of its kind, with pictures or without.
+    A skipped row is replaced by the next good one of the same kind, with images or without.
     """
 
     def __init__(self, tables: Sequence[Table], encoder: RowEncoder, skip: bool):
@@ -179,7 +179,7 @@ def _encoded(encoder: RowEncoder, source: DataSource, number: int, row: dict[str
 
 
 def _weighted(rows: int, weight: float) -> np.ndarray:
-    """The numbers of the rows of a pass: all of them as often as ``weight`` goes into it whole, then an even share."""
+    """Row indices of one pass: all rows int(weight) times, then an evenly spaced share for the fraction."""
     whole, share = divmod(weight, 1)
     part = np.arange(round(rows * share)) * rows // max(1, round(rows * share))
     return np.concatenate([np.tile(np.arange(rows), int(whole)), part])

@@ -14,10 +14,10 @@ _SORTED = 50
 
 
 class ModalityLengthSampler(Sampler[int]):
-    """Numbers of rows so that each batch has rows of one kind and of like length, another way in every epoch.
+    """Yields row indices so that each batch has one modality and similar lengths, reshuffled every epoch.
 
-    All processes draw the same order. Every row comes once. Rows that fill no step of all processes come last, and so
-    at most one batch, among the last ones, has rows of both kinds.
+    All processes draw the same order, in which every row comes once. Rows left over from full steps come last, so that
+    at most one of the last batches mixes modalities.
 
     Args:
         batch_size: Rows of a process in a step.
