@@ -42,25 +42,24 @@ class PhotoPatches(Dataset):
         split: Of the photographs.
         nouns: The words; the first is for patches on no object.
         processor: That of a host with as many visual tokens as patches.
-        length: Photographs to go through, which begin anew at their end; None is each once.
+        limit: At most so many photographs, the first ones; None is all.
 
     Raises:
         ValueError: the folder has no photographs of this split.
     """
 
     def __init__(
-        self, folder: str | Path, split: str, nouns: Sequence[str], processor: ProcessorMixin, length: int | None = None
+        self, folder: str | Path, split: str, nouns: Sequence[str], processor: ProcessorMixin, limit: int | None = None
     ):
         self.folder, self.nouns, self.processor = Path(folder), list(nouns), processor
-        self.rows = _photographs(self.folder, split)
+        self.rows = _photographs(self.folder, split)[:limit]
         self.grid = tokens_a_side(processor, self.rows[0]["side"])
-        self.length = len(self.rows) if length is None else length
 
     def __len__(self) -> int:
-        return self.length
+        return len(self.rows)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        row = self.rows[i % len(self.rows)]
+        row = self.rows[i]
         image = load_image(self.folder / IMAGE_FOLDER / f"{row['id']}.jpg")
         images = picture_inputs(self.processor, [image])
         del images["input_ids"]

@@ -16,7 +16,14 @@ from mllm_vision.eval.task import parse_tasks
 from mllm_vision.host import PARTS
 from mllm_vision.recipes.adapter_rank import require_plain
 from mllm_vision.recipes.quantisation import Quantisation
-from mllm_vision.recipes.stages import STAGES, AnswersStage, ConversationsStage, Stage
+from mllm_vision.recipes.stages import (
+    STAGES,
+    AnswersStage,
+    ConversationsStage,
+    ObjectWordsStage,
+    PatchWordsStage,
+    Stage,
+)
 from mllm_vision.recipes.tiny_model import NewModelSpec
 from mllm_vision.recipes.uhd_tower import UHDTowerSpec
 from mllm_vision.registry import MethodConfig
@@ -95,6 +102,8 @@ class Recipe(Settings):
                 raise ValueError(f"{where} trains nothing: name parts in trains, give it lora, or plug in weights")
             if stage.lora is not None and stage is not self.stages[-1]:
                 raise ValueError(f"{where}: LoRA is for the last stage, whose result is an adapter; merge it to go on")
+            if isinstance(stage, PatchWordsStage | ObjectWordsStage) and plugged:
+                raise ValueError(f"{where}: words of patches are learnt by the stock host; drop methods, or this stage")
             if isinstance(stage, ConversationsStage) and stage.pack and plugged:
                 raise ValueError(f"{where}.pack: prompts that methods change cannot be packed; drop either")
             if isinstance(stage, AnswersStage) and stage.branches and reduced:
@@ -200,14 +209,24 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         ValueError: an unknown key, a value of the wrong type, or a contradiction.
     """
     path = recipe_file(recipe)
+    raw = read_yaml(path)
+    for override in overrides:
+        _override(raw, override)
+    return built(Recipe, raw, str(path))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, read as recipes are.
+
+    Raises:
+        ValueError: the file is no YAML, has a key twice, or is no mapping.
+    """
     try:
         raw = _unshared(_read(path.read_text(encoding="utf-8")))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no YAML: {error}; mend the file") from error
     _require_mapping(raw, str(path))
-    for override in overrides:
-        _override(raw, override)
-    return _built(Recipe, raw, str(path))
+    return raw
 
 
 class _Loader(yaml.SafeLoader):
@@ -276,7 +295,7 @@ def _require_mapping(raw: Any, where: str) -> None:
         raise ValueError(f"{where} must be a mapping of keys to values, got {type(raw).__name__}")
 
 
-def _built(kind: type[Settings], raw: Any, where: str) -> Any:
+def built(kind: type[Settings], raw: Any, where: str) -> Any:
     """Settings of a kind from a mapping, with the settings that they are made of."""
     _require_mapping(raw, where)
     hints = get_type_hints(kind)
@@ -303,11 +322,11 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if not kinds or not isinstance(value, dict):
         return value
     best = max(kinds, key=lambda kind: len(set(value) & set(kind.defaults())))
-    return _built(best, value, where)
+    return built(best, value, where)
 
 
 def _stage(raw: Any) -> Stage:
     if not isinstance(raw, dict) or raw.get("objective") not in STAGES:
         got = repr(raw.get("objective")) if isinstance(raw, dict) else type(raw).__name__
         raise ValueError(f"a stage's objective must be one of {', '.join(STAGES)}, got {got}")
-    return _built(STAGES[raw["objective"]], raw, f"stages.{raw.get('name', '?')}")
+    return built(STAGES[raw["objective"]], raw, f"stages.{raw.get('name', '?')}")

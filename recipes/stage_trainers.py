@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial, singledispatch
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import EvalPrediction, PreTrainedModel, ProcessorMixin, Traini
 from mllm_vision.api import find_host
 from mllm_vision.eval.tasks.scenes import Scenes
 from mllm_vision.host import adapter_for, without_peft
-from mllm_vision.recipes.cached_tower import cached_rows
+from mllm_vision.recipes.cached_tower import cached_rows, cached_tower
 from mllm_vision.recipes.data import ChatCollator, ModalityLengthSampler, RowEncoder, StreamedRows, training_rows
 from mllm_vision.recipes.object_words import PATCHES, ObjectWords, PhotoPatches, nouns_of, photo_patch_batch
 from mllm_vision.recipes.objectives import (
@@ -29,6 +30,7 @@ from mllm_vision.recipes.objectives import (
 )
 from mllm_vision.recipes.recipe import Recipe
 from mllm_vision.recipes.stages import (
+    FEATURES,
     AnswersStage,
     ConversationsStage,
     FilesStage,
@@ -38,9 +40,6 @@ from mllm_vision.recipes.stages import (
 )
 from mllm_vision.recipes.trainer import AskingTrainer, RecipeTrainer, rows_a_step
 from mllm_vision.slotted import SlottedModel
-
-FEATURES = "features"
-"""Folder of a run's cache of tower features, in its output."""
 
 _HELD_OUT = 160  # validation scenes looked at during training
 _ASKED = 60  # questions a family during training
@@ -172,6 +171,11 @@ def _scenes(arguments: TrainingArguments) -> int:
 def _cached(stage: FilesStage, rows: Any, plan: Recipe, model: PreTrainedModel) -> Any:
     """``rows``, with features of the tower in place of pictures where the stage wants it; all stages share them."""
     return cached_rows(rows, model, Path(plan.output) / FEATURES) if stage.cache_tower else rows
+
+
+def cached_features_allowed(stage: Stage, model: nn.Module) -> AbstractContextManager[None]:
+    """`cached_tower` for a stage whose rows have features in place of pictures; nothing for others."""
+    return cached_tower(model) if isinstance(stage, FilesStage) and stage.cache_tower else nullcontext()
 
 
 def _language_learns(model: nn.Module) -> bool:

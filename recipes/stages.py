@@ -17,7 +17,10 @@ from mllm_vision.settings import Settings, require_type
 
 _SET_BY_RECIPE = ("output_dir", "seed", "data_seed", "remove_unused_columns")
 _FROM_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-_OWN_FOLDERS = ("model", "base", "tensorboard")  # of a run, beside those of its stages
+MODEL, BASE, TENSORBOARD, FEATURES, ANSWERS = "model", "base", "tensorboard", "features", "asked"
+"""Folders of a run beside those of its stages: what it makes, what it began with, logs, the cache of tower features,
+and what `mllm_vision.recipes.study` asked."""
+_OWN_FOLDERS = (MODEL, BASE, TENSORBOARD, FEATURES, ANSWERS)
 
 
 @dataclass(kw_only=True)
@@ -119,10 +122,7 @@ class PatchWordsStage(ScenesStage):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.lora is not None:
-            raise ValueError(f"stages.{self.name}: LoRA needs answers to learn from, got the objective patch_words")
-        if self.learning_rates or self.layer_decay:
-            raise ValueError(f"stages.{self.name}: words of patches are learnt with one rate; leave out rates by part")
+        _require_plain_training(self)
 
 
 @dataclass(kw_only=True)
@@ -138,8 +138,11 @@ class ObjectWordsStage(FilesStage):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.lora is not None or "language" in self.trains:
-            raise ValueError(f"stages.{self.name}: the language model is not asked here; train tower or projector")
+        _require_plain_training(self)
+        if others := sorted(set(self.trains) - {"tower", "projector"}):
+            raise ValueError(
+                f"stages.{self.name}.trains: words of patches teach tower and projector, got {', '.join(others)}"
+            )
 
 
 @dataclass(kw_only=True)
@@ -221,6 +224,14 @@ def _training_arguments() -> dict[str, Any]:
     """The types of the training arguments that a recipe may set, by name."""
     hints = get_type_hints(TrainingArguments)
     return {f.name: hints[f.name] for f in fields(TrainingArguments) if f.init and f.name not in _SET_BY_RECIPE}
+
+
+def _require_plain_training(stage: Stage) -> None:
+    """Raise where what is no host, but parts of one, is to learn by LoRA or with rates by part."""
+    if stage.lora is not None:
+        raise ValueError(f"stages.{stage.name}: LoRA needs answers to learn from, got objective {stage.objective}")
+    if stage.learning_rates or stage.layer_decay:
+        raise ValueError(f"stages.{stage.name}: words of patches are learnt with one rate; leave out rates by part")
 
 
 def _require_steps(stage: Stage, why: str) -> None:

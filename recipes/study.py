@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from rich.box import SIMPLE_HEAD
 from rich.console import RenderableType
 from rich.table import Table
@@ -32,7 +31,8 @@ from mllm_vision.eval.report import TaskResult
 from mllm_vision.eval.scores import LEVEL, RESAMPLES, seeds_against
 from mllm_vision.eval.task import Task, parse_tasks
 from mllm_vision.recipes.publish import STAGE_RECORD
-from mllm_vision.recipes.recipe import RECIPES, Recipe, load_recipe
+from mllm_vision.recipes.recipe import RECIPES, Recipe, built, load_recipe, read_yaml
+from mllm_vision.recipes.stages import ANSWERS, MODEL
 from mllm_vision.recipes.train import train
 from mllm_vision.recipes.training_cost import training_cost
 from mllm_vision.registry import parse_methods
@@ -41,7 +41,6 @@ from mllm_vision.slotted import SlottedModel
 
 STUDIES = RECIPES / "studies"
 BEFORE = "before training"
-ANSWERS = "asked"  # beside the folders of the stages
 
 
 @dataclass(kw_only=True)
@@ -110,7 +109,7 @@ def load_study(study: str | Path) -> Study:
     path = Path(study) if Path(study).suffix in (".yaml", ".yml") else STUDIES / f"{study}.yaml"
     if not path.is_file():
         raise FileNotFoundError(f"no study {str(study)!r}; there are {', '.join(study_names())}, or name a YAML file")
-    plan = Study(**yaml.safe_load(path.read_text(encoding="utf-8")))
+    plan: Study = built(Study, read_yaml(path), str(path))
     parse_tasks([plan.task])
     for arm in plan.arms:
         plan.runs(arm)
@@ -137,7 +136,7 @@ def run_study(plan: Study, say: Callable[[str], None] = lambda line: None, *, co
     for seed in plan.seeds:
         for arm in plan.arms:
             run = load_recipe(plan.recipe, plan.overrides(arm, seed))
-            if not (Path(run.output) / "model").is_dir():
+            if not (Path(run.output) / MODEL).is_dir():
                 say(f"training: {arm}, seed {seed}")
                 train(plan.recipe, plan.overrides(arm, seed))
     found: dict[str, list[TaskResult]] = {}
@@ -145,7 +144,7 @@ def run_study(plan: Study, say: Callable[[str], None] = lambda line: None, *, co
     for arm in plan.arms:
         for run in plan.runs(arm):
             say(f"asking: {Path(run.output).name}")
-            model, processor = mv.load(Path(run.output) / "model")
+            model, processor = mv.load(Path(run.output) / MODEL)
             answers = Path(run.output) / ANSWERS
             if arm in plan.plug:
                 mv.apply(model, *parse_methods(plan.plug[arm]))

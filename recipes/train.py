@@ -15,7 +15,6 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,6 @@ from mllm_vision.eval.evaluation import data_folder
 from mllm_vision.eval.task import parse_tasks
 from mllm_vision.folders import whole_folder
 from mllm_vision.host import adapter_for
-from mllm_vision.recipes.cached_tower import cached_tower
 from mllm_vision.recipes.checkpoints import checkpoints_of, drop_broken, latest_checkpoint
 from mllm_vision.recipes.disk import require_room
 from mllm_vision.recipes.lora import with_lora
@@ -43,15 +41,14 @@ from mllm_vision.recipes.parameters import train_only
 from mllm_vision.recipes.publish import STAGE_RECORD, publish
 from mllm_vision.recipes.quantisation import quantised
 from mllm_vision.recipes.recipe import Recipe, load_recipe
-from mllm_vision.recipes.stage_trainers import trainer_for
-from mllm_vision.recipes.stages import ConversationsStage, FilesStage, Stage
+from mllm_vision.recipes.stage_trainers import cached_features_allowed, trainer_for
+from mllm_vision.recipes.stages import BASE, MODEL, TENSORBOARD, ConversationsStage, Stage
 from mllm_vision.recipes.tiny_model import NewModelSpec, build_model, build_processor
 from mllm_vision.recipes.trainer import JSONLog, RecipeTrainer, rows_a_step, steps_of
 from mllm_vision.recipes.uhd_tower import with_uhd_tower
 from mllm_vision.registry import MethodConfig
 
 _RECORD = "recipe.yaml"
-_BASE = "base"
 _HANDED_OUT = ("publish_dtype", "publish_rank", "task", "data", "about", "card", "note", "overwrite")
 """Fields of a recipe that no weight depends on: what is done with the last stage's."""
 
@@ -103,7 +100,7 @@ def train(recipe: str | Path, overrides: Sequence[str] = ()) -> Path:
             gc.collect()  # a trainer and its model hold each other; the next stage needs their memory
         stages.append(done)
     command = shlex.join(["mllm-vision", "train", str(recipe), *overrides])
-    return publish(plan, Path(recipe).stem, command, stages, output / "model", first)
+    return publish(plan, Path(recipe).stem, command, stages, output / MODEL, first)
 
 
 def training_arguments(plan: Recipe, stage: Stage) -> TrainingArguments:
@@ -149,7 +146,7 @@ def _claim(plan: Recipe, output: Path) -> None:
         same = all(held[name] == value for name, value in wanted.items() if name not in _HANDED_OUT)
         if plan.overwrite or not (same or _has_learnt(output)):
             shutil.rmtree(output)
-        elif (output / "model").exists():
+        elif (output / MODEL).exists():
             raise FileExistsError(f"{output} holds a finished run; pass overwrite=true to replace it")
         elif not same:
             raise FileExistsError(f"{output} holds an unfinished run of another recipe; pass overwrite=true to drop it")
@@ -182,7 +179,7 @@ def beginning(plan: Recipe, output: Path) -> str | Path:
     """The checkpoint that the first stage loads: the recipe's own, or one that is made for this run."""
     if isinstance(plan.model, str):
         return plan.model
-    base = output / _BASE
+    base = output / BASE
     if not base.is_dir():
         dtype = getattr(torch, plan.dtype)
         if isinstance(plan.model, NewModelSpec):
@@ -242,7 +239,7 @@ def _run_stage(
     trainer.add_callback(JSONLog(done.with_name(f"{stage.name}.log.jsonl")))
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
-            callback.logging_dir = str(done.parent / "tensorboard" / stage.name)  # not among checkpoints, which go
+            callback.logging_dir = str(done.parent / TENSORBOARD / stage.name)  # not among checkpoints, which go
     latest = latest_checkpoint(checkpoints)
     trainer.accelerator.wait_for_everyone()  # all have looked before one tidies up
     if arguments.should_save:
@@ -253,14 +250,16 @@ def _run_stage(
     title = f"Stage {stage.name}: {steps_of(trainer)} steps, {learning / 1e6:.1f} million parameters learn"
     trainer.accelerator.print(title, file=sys.stderr)
     started = time.monotonic()
-    with cached_tower(trained) if isinstance(stage, FilesStage) and stage.cache_tower else nullcontext():
+    with cached_features_allowed(stage, trained):
         trainer.train(resume_from_checkpoint=latest)
     if not trainer.state.global_step:  # of a stream whose rows were all left out, which the Trainer takes for an end
         raise ValueError(f"stages.{stage.name}: there is no good row in the data; see the log for what is wrong")
     seconds = None if latest else round(time.monotonic() - started)  # a resumed run has no one wall time
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, WandbCallback):
-            callback._wandb.finish()  # else the next stage would go on in this one's run, its steps from 1 again
+            import wandb
+
+            wandb.finish()  # else the next stage would go on in this one's run, its steps from 1 again
     _save(trainer, model, trained, processor, partial, base)
     if arguments.should_save:
         record = _record(stage, trainer, trained, seconds)
@@ -317,7 +316,7 @@ def _held_out_curve(log_history: list[dict[str, float]]) -> list[dict[str, float
 
 def _base_name(plan: Recipe, base: str | Path) -> str:
     """What an adapter calls the model under it, so that it is found from any folder."""
-    if isinstance(plan.model, AssemblySpec) and Path(base) == Path(plan.output) / _BASE:
+    if isinstance(plan.model, AssemblySpec) and Path(base) == Path(plan.output) / BASE:
         return plan.model.line  # it can be made again anywhere
     is_folder = source_of(base) == base and Path(base).is_dir()  # and no checkpoint that comes with the library
     return str(Path(base).resolve() if is_folder else base)

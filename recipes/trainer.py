@@ -58,7 +58,6 @@ class RecipeTrainer(Trainer):
         self.stage, self.sampler = stage, sampler
         if sampler is not None:
             self.add_callback(EpochsOf(sampler))
-        self._row_ids: list[str] = []
         if self.is_fsdp_enabled:
             plugin = self.accelerator.state.fsdp_plugin
             # Unasked, accelerate looks for what the tower's class names, text layers among it, and finds no such layer.
@@ -88,11 +87,12 @@ class RecipeTrainer(Trainer):
             FloatingPointError: the loss is no number, in this process or another; the message names step and rows. No
                 weight has taken it in.
         """
+        row_ids = inputs.pop("row_ids", [])  # for whoever reads an error, not for the model
         loss = super().training_step(model, inputs, num_items_in_batch)
         broken = ~torch.isfinite(loss)
         # All processes stop at once: one that went on would learn from the gradients of the broken one, and save them.
         if self.accelerator.reduce(broken.float(), reduction="sum"):
-            told = gather_object([(loss.item(), self._row_ids)] if broken else [])
+            told = gather_object([(loss.item(), row_ids)] if broken else [])
             values = ", ".join(str(value) for value, _ in told)
             rows = ", ".join(row for _, rows in told for row in rows)
             raise FloatingPointError(
@@ -100,6 +100,10 @@ class RecipeTrainer(Trainer):
                 + (f"; its rows are {rows}" if rows else "")
             )
         return loss
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        inputs.pop("row_ids", None)
+        return super().prediction_step(model, inputs, *args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # The stock one takes a step too many where a run resumes from the checkpoint of its last.
@@ -126,10 +130,6 @@ class RecipeTrainer(Trainer):
         super()._save_rng_state(output_dir)
         # The first process writes its state next, which says that the checkpoint is whole: others must be done by then.
         self.accelerator.wait_for_everyone()
-
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        self._row_ids = inputs.pop("row_ids", [])  # for whoever reads an error, not for the model
-        return super()._prepare_inputs(inputs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         return super()._get_train_sampler(train_dataset) if self.sampler is None else self.sampler

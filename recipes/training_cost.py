@@ -12,7 +12,7 @@ from typing import Any
 
 from mllm_vision.eval.measurement import in_fresh_process, in_turn, peak_memory, seconds, torch_threads
 from mllm_vision.recipes.recipe import load_recipe
-from mllm_vision.recipes.stage_trainers import trainer_for
+from mllm_vision.recipes.stage_trainers import cached_features_allowed, trainer_for
 from mllm_vision.recipes.train import beginning, prepared, training_arguments
 
 Step = Callable[[], None]
@@ -47,19 +47,20 @@ def training_cost(recipe: str, arms: dict[str, list[str]], *, repeats: int = 7, 
 
 def _step(recipe: str, overrides: Sequence[str]) -> Step:
     """One step of the last stage, on its first batch; call it as often as you like."""
-    plan = load_recipe(recipe, overrides)
+    scratch = TemporaryDirectory()
+    plan = replace(load_recipe(recipe, overrides), output=scratch.name)
     stage = plan.stages[-1]
-    with TemporaryDirectory() as scratch:
-        arguments = training_arguments(replace(plan, output=scratch), stage)
-        _, trained, processor = prepared(plan, stage, beginning(plan, Path(scratch)), arguments)
+    arguments = training_arguments(plan, stage)
+    _, trained, processor = prepared(plan, stage, beginning(plan, Path(scratch.name)), arguments)
     trainer = trainer_for(stage, plan, trained, processor, arguments)
     optimizer = trainer.create_optimizer()
     batch = next(iter(trainer.get_train_dataloader()))
     batch.pop("row_ids", None)
-    trained.train()
+    trainer.model.train()
 
-    def step() -> None:
-        trained(**batch)["loss"].backward()
+    def step(_: Any = scratch) -> None:  # which holds cached features, and goes with the last step
+        with cached_features_allowed(stage, trained):
+            trainer.model(**batch)["loss"].backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import PIL
 
-from mllm_vision.folders import whole_folder
+from mllm_vision.folders import check_empty, whole_folder
 from mllm_vision.photos.compose import REFERENCE_SIDE, compose
 from mllm_vision.photos.material import SPLITS, Material
 from mllm_vision.photos.questions import Asker, Question
@@ -60,7 +60,7 @@ def export_photos(
     if side < 112:
         raise ValueError(f"side must be at least 112 pixels so that a cut-out can be recognised, got {side}")
     folder = Path(folder)
-    _refuse_to_lose(folder, overwrite)
+    check_empty(folder, overwrite, [MANIFEST], "composed photographs")
     material = Material(cutouts, backgrounds, side)
     with whole_folder(folder) as partial:
         _write_photos(partial, material, sizes, seed)
@@ -113,12 +113,3 @@ def _chat(name: str, picture: str, questions: Sequence[Question]) -> dict[str, A
         messages.append({"role": "user", "content": [*asked, {"type": "text", "text": question.text}]})
         messages.append({"role": "assistant", "content": [{"type": "text", "text": question.answer}]})
     return {"id": name, "images": [picture], "messages": messages}
-
-
-def _refuse_to_lose(folder: Path, overwrite: bool) -> None:
-    if not folder.exists() or not any(folder.iterdir()):
-        return
-    if not overwrite:
-        raise FileExistsError(f"{folder} is not empty; choose another folder or allow to overwrite")
-    if not (folder / MANIFEST).is_file():
-        raise FileExistsError(f"{folder} holds something other than composed photographs and is not removed")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mllm_vision.folders import check_empty
 from mllm_vision.scenes.draw import REFERENCE_SIDE, Scene, render, sample_scene
 from mllm_vision.scenes.questions import (
     FAMILIES,
@@ -100,10 +101,7 @@ def export_conversations(
 def _empty_folder(folder: str | Path, overwrite: bool) -> Path:
     """`folder` with nothing in it. An earlier export is removed whole, since remains of it would mix with this one."""
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        if not overwrite:
-            raise FileExistsError(f"{folder} is not empty; choose another folder or allow to overwrite")
-        if not any((folder / name).is_file() for name in (CONVERSATIONS, "dataset_info.json")):
-            raise FileExistsError(f"{folder} holds something other than exported scenes and is not removed")
+    check_empty(folder, overwrite, (CONVERSATIONS, "dataset_info.json"), "exported scenes")
+    if folder.exists():
         shutil.rmtree(folder)
     return folder

@@ -120,7 +120,7 @@ def test_questions_are_a_row_each_with_the_picture_they_are_about(folder, materi
 def test_nothing_is_overwritten_unasked(cutouts, backgrounds, tmp_path):
     sizes = {"train": 1, "validation": 0, "test": 0}
     folder = export_photos(tmp_path / "photos", cutouts, [backgrounds], sizes, side=SIDE)
-    with pytest.raises(FileExistsError, match="not empty; choose another folder or allow to overwrite"):
+    with pytest.raises(FileExistsError, match="not empty; choose another folder, or replace it"):
         export_photos(folder, cutouts, [backgrounds], sizes, side=SIDE)
     (folder / "remains.txt").write_text("of the first export")
     export_photos(folder, cutouts, [backgrounds], sizes, side=SIDE, overwrite=True)

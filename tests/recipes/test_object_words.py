@@ -56,11 +56,12 @@ def photos(tmp_path):
     return tmp_path
 
 
-def test_photographs_of_a_split_begin_anew_at_their_end(photos):
+def test_photographs_are_those_of_a_split(photos):
     assert nouns_of(photos) == ["background", "circle", "star"]
     _, processor = mv.load("tiny-llava-scenes")
-    rows = PhotoPatches(photos, "train", nouns_of(photos), processor, length=3)
-    assert [rows[i]["row_id"] for i in range(len(rows))] == ["train-0", "train-1", "train-0"]
+    for limit, ids in ((None, ["train-0", "train-1"]), (1, ["train-0"]), (3, ["train-0", "train-1"])):
+        rows = PhotoPatches(photos, "train", nouns_of(photos), processor, limit)
+        assert [rows[i]["row_id"] for i in range(len(rows))] == ids
     assert len(PhotoPatches(photos, "test", nouns_of(photos), processor)) == 1
     with pytest.raises(ValueError, match="has no photographs of the split 'validation'; `mllm-vision photos` writes"):
         PhotoPatches(photos, "validation", nouns_of(photos), processor)

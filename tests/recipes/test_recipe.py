@@ -75,7 +75,10 @@ def test_a_recipe_goes_on_from_its_base_whatever_becomes_of_the_tower():
         ),
         ("stages.tower.arguments.max_steps=-1", "stages.tower.arguments needs max_steps of at least 1"),
         ("seed", "must look like key=value"),
-        ("stages.tower.name=..", r"stages...: name is that of a folder, .* none of model, base, tensorboard, got '..'"),
+        (
+            "stages.tower.name=..",
+            r"stages...: name is that of a folder, .* none of model, base, tensorboard, features, asked, got '..'",
+        ),
         ("stages.tower.name=a/b", "name is that of a folder, .* got 'a/b'"),
         ("stages.tower.name=model", "name is that of a folder, .* got 'model'"),
         ("stages.tower.arguments.remove_unused_columns=true", "unknown key remove_unused_columns"),
@@ -162,6 +165,14 @@ def test_a_recipe_of_conversations_is_read_whole(chat):
         (["stages.chat.turns={}"], "stages.chat: unknown key turns; valid keys are objective, name"),
         (["stages.chat.lora.rank=3"], "lora: unknown key rank; valid keys are target, r, alpha"),
         (["stages.chat.lora={r: 8}"], "lora lacks alpha"),
+        (["stages.chat.name=features"], "must be of letters, digits, - and _ and none of model, base, tensorboard"),
+        (
+            [
+                "methods=[{type: hiprune, keep: 0.5}]",
+                "stages.chat={name: chat, objective: object_words, photos: x, trains: [projector]}",
+            ],
+            "words of patches are learnt by the stock host",
+        ),
         (["publish_rank=9"], r"publish_rank must be in 1\.\.8, got 9"),
         (["publish_rank=4", "stages.chat.lora=null", "stages.chat.trains=[projector]"], "the last stage has no lora"),
         (["publish_rank=4", "stages.chat.lora.options={use_dora: true}"], "plain LoRA alone.* has use_dora=True"),

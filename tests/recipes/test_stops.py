@@ -147,7 +147,7 @@ def test_every_stage_reports_under_its_name_and_tensorboard_files_stay(recipe, t
 
     class WandbCallback(integration_utils.WandbCallback):
         def __init__(self):
-            self._wandb = SimpleNamespace(finish=lambda: runs.append("finished"))
+            pass
 
         def __getattribute__(self, name):
             return (lambda *args, **kwargs: None) if name.startswith("on_") else super().__getattribute__(name)
@@ -158,6 +158,7 @@ def test_every_stage_reports_under_its_name_and_tensorboard_files_stay(recipe, t
     )
     monkeypatch.setattr(train_module, "WandbCallback", WandbCallback)
     monkeypatch.setattr(integration_utils, "is_tensorboard_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(finish=lambda: runs.append("finished")))
     for package in ("torch.utils.tensorboard", "tensorboardX"):
         monkeypatch.setitem(sys.modules, package, SimpleNamespace(SummaryWriter=SummaryWriter))
     output = tmp_path / "night"

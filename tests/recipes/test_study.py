@@ -137,7 +137,7 @@ def test_studies_that_come_along_can_be_read():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("arm: {}", "Study has no field arm; its fields are recipe, output, task, seeds, arms, plug, against"),
+        ("arm: {}", "unknown key arm; valid keys are recipe, output, task, seeds, arms, plug, against"),
         ("plug: {prune: random:keep=1/2}", "plug names no arm with prune; the arms are stock"),
         ("against: {stock: prune}", "against names no arm with prune; the arms are stock"),
         ("plug: {stock: rendom:keep=1/2}", "unknown method 'rendom'"),

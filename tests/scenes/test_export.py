@@ -41,7 +41,7 @@ def test_llava_conversations_name_the_pictures_beside_them(tmp_path):
 @pytest.mark.parametrize("export", [export_dataset, export_conversations])
 def test_nothing_is_overwritten_unasked(tmp_path, export):
     folder = export(tmp_path / "scenes", "test", 1)
-    with pytest.raises(FileExistsError, match="not empty; choose another folder or allow to overwrite"):
+    with pytest.raises(FileExistsError, match="not empty; choose another folder, or replace it"):
         export(folder, "test", 1)
     (folder / "remains.txt").write_text("of the first export")
     export(folder, "test", 2, overwrite=True)
