@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from transformers.utils import cached_file
 from transformers.utils.peft_utils import ADAPTER_SAFE_WEIGHTS_NAME, find_adapter_config_file
 
-from mllm_vision.api import find_host
-from mllm_vision.host import PARTS, SLOTS, adapter_of_type, inside, without_peft
+from mllm_vision.host import PARTS, SLOTS, adapter_of_type, find_host, inside, without_peft
 from mllm_vision.registry import MethodConfig
 from mllm_vision.slots import replacing, restored
 from mllm_vision.slotted import SlottedModel

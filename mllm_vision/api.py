@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedMode
 
 from mllm_vision.auto import slotted_config
 from mllm_vision.encoding import encode_images, image_inputs
-from mllm_vision.host import SLOTTED_PREFIX, adapter_for, adapter_of_type, adapters
+from mllm_vision.host import adapter_for, adapter_of_type, find_host
 from mllm_vision.registry import MethodConfig
 from mllm_vision.slots import Slots, replacing, restored, stored
 from mllm_vision.slotted import SlottedModel, require_weights, slotted_model, spare_slots
@@ -227,21 +227,6 @@ def inspect_tokens(model: nn.Module, **inputs: Any) -> list[KeptTokens]:
             roles = None if named is None else [named[0].names[role] for role in named[1][index[inside]].tolist()]
             kept.append(KeptTokens(number, tile, tokens.grid, index[inside] % size, count[inside], roles, slots.added))
     return kept
-
-
-def find_host(model: nn.Module) -> PreTrainedModel:
-    """The supported host that ``model`` is or wraps (PEFT, data parallel).
-
-    Raises:
-        ValueError: there is none; the message lists the supported ones.
-    """
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            adapter = adapters().get(module.config.model_type.removeprefix(SLOTTED_PREFIX))
-            if adapter is not None and isinstance(module, adapter.stock_model):
-                return module
-    names = ", ".join(sorted(adapter.model_name for adapter in adapters().values()))
-    raise ValueError(f"{type(model).__name__} is not a supported host and wraps none; supported are {names}")
 
 
 def _plug(host: PreTrainedModel, slots: Slots) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 from transformers import PreTrainedModel
 
-from mllm_vision.host import Encoded, Layout, adapter_for, images_by_grid
+from mllm_vision.host import Encoded, Layout, adapter_for, find_host, images_by_grid
 from mllm_vision.operations import Projection
 from mllm_vision.slots import Slots, compute_device
 from mllm_vision.tap import listen
@@ -117,6 +117,7 @@ def see_images(
     model: PreTrainedModel, slots: Slots, images: dict[str, Any], requests: Sequence[Evidence] = ()
 ) -> SeenImages:
     """Every image of a batch through tower and projector, with the evidence of the operations and ``requests``."""
+    model = find_host(model)  # which PEFT may wrap
     adapter = adapter_for(model.config)
     layouts = adapter.layouts(model, images)
     grids = [slots.grid(layout.grid, layout.tiles) for layout in layouts]

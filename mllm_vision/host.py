@@ -246,6 +246,21 @@ def adapter_of_type(model_type: str) -> Adapter:
     return adapters()[stock]
 
 
+def find_host(model: nn.Module) -> PreTrainedModel:
+    """The supported host that ``model`` is or wraps (PEFT, data parallel).
+
+    Raises:
+        ValueError: there is none; the message lists the supported ones.
+    """
+    for module in model.modules():
+        model_type = getattr(getattr(module, "config", None), "model_type", "")
+        adapter = adapters().get(model_type.removeprefix(SLOTTED_PREFIX))
+        if adapter is not None and isinstance(module, adapter.stock_model):
+            return module
+    names = ", ".join(sorted(adapter.model_name for adapter in adapters().values()))
+    raise ValueError(f"{type(model).__name__} is not a supported host and wraps none; supported are {names}")
+
+
 def inside(name: str, module: str) -> bool:
     """Whether ``name`` is that of ``module`` or of something in it."""
     return name == module or name.startswith(f"{module}.")

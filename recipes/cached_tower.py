@@ -28,8 +28,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from mllm_vision.api import find_host
-from mllm_vision.host import adapter_for
+from mllm_vision.host import adapter_for, find_host
 from mllm_vision.slotted import SlottedModel
 
 PICTURES = "pixel_values"

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from mllm_vision.adapter_folder import Base
-from mllm_vision.api import find_host
-from mllm_vision.host import HEAD, PARTS, SLOTS, adapter_for, inside
+from mllm_vision.host import HEAD, PARTS, SLOTS, adapter_for, find_host, inside
 from mllm_vision.recipes.parameters import transformer_layers
 from mllm_vision.settings import Settings
 from mllm_vision.slotted import SlottedModel

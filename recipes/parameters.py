@@ -8,8 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from mllm_vision.api import find_host
-from mllm_vision.host import PARTS, SLOTS, adapter_for, inside, without_peft
+from mllm_vision.host import PARTS, SLOTS, adapter_for, find_host, inside, without_peft
 
 
 def train_only(model: PreTrainedModel, names: Sequence[str]) -> None:

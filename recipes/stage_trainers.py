@@ -12,9 +12,8 @@ import numpy as np
 from torch import nn
 from transformers import EvalPrediction, PreTrainedModel, ProcessorMixin, TrainingArguments
 
-from mllm_vision.api import find_host
 from mllm_vision.eval.tasks.scenes import Scenes
-from mllm_vision.host import adapter_for, without_peft
+from mllm_vision.host import adapter_for, find_host, without_peft
 from mllm_vision.recipes.cached_tower import cached_rows, cached_tower
 from mllm_vision.recipes.data import ChatCollator, ModalityLengthSampler, RowEncoder, StreamedRows, training_rows
 from mllm_vision.recipes.object_words import PATCHES, ObjectWords, PhotoPatches, nouns_of, photo_patch_batch

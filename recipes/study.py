@@ -20,7 +20,6 @@ from rich.table import Table
 from transformers import PreTrainedModel, ProcessorMixin
 
 import mllm_vision as mv
-from mllm_vision.api import find_host
 from mllm_vision.eval.answers import inputs_for, prompt_for
 from mllm_vision.eval.bench import prompt_lengths
 from mllm_vision.eval.environment import environment
@@ -30,6 +29,7 @@ from mllm_vision.eval.measurement import measure_steps
 from mllm_vision.eval.report import TaskResult
 from mllm_vision.eval.scores import LEVEL, RESAMPLES, seeds_against
 from mllm_vision.eval.task import Task, parse_tasks
+from mllm_vision.host import find_host
 from mllm_vision.recipes.publish import STAGE_RECORD
 from mllm_vision.recipes.recipe import RECIPES, Recipe, built, load_recipe, read_yaml
 from mllm_vision.recipes.stages import ANSWERS, MODEL

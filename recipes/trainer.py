@@ -14,10 +14,9 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import is_optimizer_factory
 
-from mllm_vision.api import find_host
 from mllm_vision.eval.evaluation import evaluate
 from mllm_vision.eval.task import Task
-from mllm_vision.host import PARTS, without_peft
+from mllm_vision.host import PARTS, find_host, without_peft
 from mllm_vision.recipes.data import ModalityLengthSampler
 from mllm_vision.recipes.parameters import parameter_groups, transformer_layers
 from mllm_vision.recipes.stages import Stage

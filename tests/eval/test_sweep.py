@@ -7,10 +7,12 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+import mllm_vision as mv
 from mllm_vision.decoding import DamroConfig, VCDConfig
 from mllm_vision.eval import sweep as sweeping
 from mllm_vision.eval.scores import Tallies
 from mllm_vision.eval.tasks.scenes import Scenes
+from mllm_vision.recipes.lora import LoraSpec, with_lora
 from mllm_vision.reducers import HiPruneConfig, RandomConfig
 from tests.hosts import HOSTS
 
@@ -70,6 +72,16 @@ def test_what_a_strategy_changes_is_told_at_every_budget(loaded, tmp_path):
     assert sum("text_only:alpha=3" in line for line in lines) == 2
     assert sum("plain" in line for line in lines) == 3  # two points, and the heading
     sweeping.draw(record, tmp_path / "sweep.png")
+
+
+def test_an_adapter_is_swept_as_the_model_that_it_makes(swept, tmp_path):
+    model, processor = mv.load("tiny-llava-scenes")
+    adapted = with_lora(model, LoraSpec(r=1, alpha=1))  # which has learnt nothing yet
+    points = sweeping.plan(adapted, ["hiprune:alpha=0.2"], [9], seeds=1)
+    record = sweeping.sweep(adapted, processor, TASK, points, tmp_path, repeats=1, batch_size=8)
+    expected = swept[1]["points"]
+    for found, same in zip(record["points"], (expected[0], expected[-1]), strict=True):
+        assert (found["tokens"], found["scores"]) == (same["tokens"], same["scores"])
 
 
 def test_a_plan_leaves_out_what_the_model_cannot_use():

@@ -7,8 +7,10 @@ import pytest
 import yaml
 from rich.console import Console
 
+import mllm_vision as mv
 import mllm_vision.recipes.study as module
 from mllm_vision.eval.tasks.scenes import Scenes
+from mllm_vision.recipes.lora import LoraSpec, with_lora
 from mllm_vision.recipes.recipe import load_recipe, recipe_names
 from mllm_vision.recipes.study import STUDIES, load_study, prompt_cost, report, run_study, study_names
 from mllm_vision.recipes.uhd_tower import UHDTowerSpec, with_uhd_tower
@@ -69,6 +71,15 @@ def test_each_arm_has_its_seeds_scores_and_difference(record):
     assert (pruned["visual_tokens"], pruned["parameters"]) == (25, stock["parameters"])
     assert pruned["scores"] != stock["scores"]
     assert record["before"]["colour"]["accuracy"]["value"] > 0.5  # the trained checkpoint that both went on from
+
+
+def test_an_adapter_costs_what_its_base_does_and_its_own_layers():
+    model, processor = mv.load("tiny-llava-scenes")
+    base = prompt_cost(model, processor, Scenes(questions=1))
+    adapted = prompt_cost(with_lora(model, LoraSpec(r=1, alpha=1)), processor, Scenes(questions=1))
+    assert adapted["visual_tokens"] == base["visual_tokens"] == 100
+    assert adapted["flops"]["encode"] == base["flops"]["encode"]
+    assert 1 < adapted["flops"]["prefill"] / base["flops"]["prefill"] < 1.1
 
 
 def test_a_compressed_tower_costs_what_the_formulas_say():
