@@ -28,6 +28,10 @@ Model = TypeVar("Model", bound=nn.Module)
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 """Folder of the trained models that come with the library."""
+NOT_HERE = (
+    "the adapter was trained on {}, which is not to be had here; say with base= where it is, or in a shell join them "
+    "by `mllm-vision merge --base`"
+)
 
 
 def load(
@@ -67,7 +71,10 @@ def load(
     if str(source).startswith(ASSEMBLED):
         from mllm_vision.assembly import assemble_again
 
-        model, processor = assemble_again(str(source), **kwargs)
+        try:
+            model, processor = assemble_again(str(source), **kwargs)
+        except OSError as error:
+            raise ValueError(NOT_HERE.format(source)) from error
     else:
         model, processor = _read(source, methods, trained_on, hub, kwargs)
     if methods:
@@ -93,10 +100,7 @@ def _read(
     except OSError as error:
         if trained_on is None:
             raise
-        raise ValueError(
-            f"the adapter was trained on {source}, which is not to be had here; say with base= where it is, or in a "
-            "shell join them by `mllm-vision merge --base`"
-        ) from error
+        raise ValueError(NOT_HERE.format(source)) from error
     adapter = adapter_for(config)
     with torch.device("meta"):
         slots = Slots(replacing(restored(getattr(config, "mllm_vision", None)), methods), config)
@@ -110,8 +114,8 @@ def _read(
 
 def source_of(name_or_path: str | Path) -> str | Path:
     """Where to load from: the folder of a checkpoint that comes with the library, or what was asked for."""
-    bundled = CHECKPOINTS / str(name_or_path)
-    return bundled if bundled.is_dir() else name_or_path
+    bundled = {folder.name: folder for folder in CHECKPOINTS.iterdir()}  # by name alone, which "." is not
+    return bundled.get(str(name_or_path), name_or_path)
 
 
 def apply(model: Model, *methods: MethodConfig) -> Model:

@@ -87,6 +87,30 @@ def with_lora(model: PreTrainedModel, spec: LoraSpec, trains: Sequence[str] = ()
     if isinstance(model, PeftModel):
         raise ValueError("the model has an adapter already; merge it first, or attach it with is_trainable=True")
     host = find_host(model)
+    layers, full = lora_modules(host, spec, trains)
+    config = LoraConfig(
+        r=spec.r,
+        lora_alpha=spec.alpha,
+        lora_dropout=spec.dropout,
+        target_modules=layers,
+        modules_to_save=list(dict.fromkeys(full)) or None,
+        **{name: value for name, value in spec.options.items() if name != "layers_to_transform"},
+    )
+    trained_on = Base.of(host, full)
+    adapted = get_peft_model(model, config)
+    adapted.trained_on = trained_on
+    return adapted
+
+
+def lora_modules(host: PreTrainedModel, spec: LoraSpec, trains: Sequence[str] = ()) -> tuple[list[str], list[str]]:
+    """Names of the linear layers that get LoRA, and of the submodules that are trained in full.
+
+    Args:
+        host: With its weights or on the meta device.
+
+    Raises:
+        ValueError: as `with_lora`.
+    """
     full = [name for asked in trains for name in trained_in_full(host, asked)]
     if isinstance(host, SlottedModel):
         held = zip(host.vision_slots.methods, host.vision_slots.places, strict=True)
@@ -101,18 +125,7 @@ def with_lora(model: PreTrainedModel, spec: LoraSpec, trains: Sequence[str] = ()
         layers += found
     if not layers:
         raise ValueError(f"there is no linear layer for LoRA in {', '.join(spec.parts)} with options {spec.options}")
-    config = LoraConfig(
-        r=spec.r,
-        lora_alpha=spec.alpha,
-        lora_dropout=spec.dropout,
-        target_modules=layers,
-        modules_to_save=list(dict.fromkeys(full)) or None,
-        **{name: value for name, value in spec.options.items() if name != "layers_to_transform"},
-    )
-    trained_on = Base.of(host, full)
-    adapted = get_peft_model(model, config)
-    adapted.trained_on = trained_on
-    return adapted
+    return layers, full
 
 
 def linear_layers(host: PreTrainedModel, part: str, numbers: int | list[int] | None = None) -> list[str]:

@@ -102,6 +102,15 @@ class Recipe(Settings):
                 raise ValueError(f"{where} trains nothing: name parts in trains, give it lora, or plug in weights")
             if stage.lora is not None and stage is not self.stages[-1]:
                 raise ValueError(f"{where}: LoRA is for the last stage, whose result is an adapter; merge it to go on")
+            if both := sorted(set(stage.trains) & set(stage.lora.parts if stage.lora else ())):
+                raise ValueError(
+                    f"{where}: the {', '.join(both)} is both in trains and a target of lora; take it out of either"
+                )
+            masked = getattr(stage, "pack", False) or getattr(stage, "branches", False)
+            if masked and "flash" in (self.attention or ""):
+                raise ValueError(
+                    f"{where}: pack and branches need masks that flash attention does not take; set attention: sdpa"
+                )
             if isinstance(stage, PatchWordsStage | ObjectWordsStage) and plugged:
                 raise ValueError(f"{where}: words of patches are learnt by the stock host; drop methods, or this stage")
             if isinstance(stage, ConversationsStage) and stage.pack and plugged:

@@ -71,6 +71,9 @@ class Stage(Settings):
         for name, rate in {"learning_rate": self.arguments.get("learning_rate", 0), **self.learning_rates}.items():
             if not 0 <= rate < float("inf"):
                 raise ValueError(f"{where}: the rate {name} must be 0 or more, got {rate}")
+        for part, factor in self.layer_decay.items():
+            if not 0 < factor <= 1:
+                raise ValueError(f"{where}.layer_decay of the {part} must be in (0, 1], got {factor}")
         for kind in ("learning_rates", "layer_decay"):
             if unknown := sorted(set(getattr(self, kind)) - set(PARTS)):
                 raise ValueError(f"{where}.{kind}: unknown part {', '.join(unknown)}; there are {', '.join(PARTS)}")
@@ -196,14 +199,16 @@ class ConversationsStage(FilesStage):
             raise ValueError(f"{where}.data must name a source of rows at least, got none")
         if self.max_length < 1:
             raise ValueError(f"{where}.max_length must be at least 1, got {self.max_length}")
-        streamed = {source.streaming for source in self.data}
-        if len(streamed) > 1:
-            raise ValueError(f"{where}.data: either all sources are streamed or none")
-        if True in streamed:
+        for name, sources in (("data", self.data), ("validation", self.validation)):
+            streamed = {source.streaming for source in sources}
+            if len(streamed) > 1:
+                raise ValueError(f"{where}.{name}: either all sources are streamed or none")
+            if True in streamed and self.cache_tower:
+                raise ValueError(f"{where}.cache_tower needs all rows at hand, but its {name} is streamed")
+        if any(source.streaming for source in self.data):
             _require_steps(self, "streamed data has no length")
-            for name in ("group_by_modality", "cache_tower"):
-                if getattr(self, name):
-                    raise ValueError(f"{where}.{name} needs all rows at hand, but its data is streamed")
+            if self.group_by_modality:
+                raise ValueError(f"{where}.group_by_modality needs all rows at hand, but its data is streamed")
         evaluates = self.arguments.get("eval_strategy", "no") != "no"
         if evaluates != bool(self.validation):
             raise ValueError(

@@ -22,33 +22,44 @@ import torch
 import yaml
 from peft import PeftModel
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel, ProcessorMixin, TrainingArguments, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+    ProcessorMixin,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.integrations import TensorBoardCallback, WandbCallback, get_reporting_integration_callbacks
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 import mllm_vision as mv
-from mllm_vision.adapter_folder import save_adapter
+from mllm_vision.adapter_folder import adapter_folder, save_adapter
 from mllm_vision.api import source_of
 from mllm_vision.assembly import AssemblySpec, assemble
 from mllm_vision.eval.evaluation import data_folder
 from mllm_vision.eval.task import parse_tasks
 from mllm_vision.folders import whole_folder
-from mllm_vision.host import adapter_for
+from mllm_vision.host import SLOTS, adapter_for, inside
+from mllm_vision.photos.export import OBJECTS
 from mllm_vision.recipes.checkpoints import checkpoints_of, drop_broken, latest_checkpoint
 from mllm_vision.recipes.disk import require_room
-from mllm_vision.recipes.lora import with_lora
+from mllm_vision.recipes.lora import lora_modules, with_lora
 from mllm_vision.recipes.parameters import train_only
 from mllm_vision.recipes.publish import STAGE_RECORD, publish
 from mllm_vision.recipes.quantisation import quantised
-from mllm_vision.recipes.recipe import Recipe, load_recipe
+from mllm_vision.recipes.recipe import Recipe, built, load_recipe, read_yaml
 from mllm_vision.recipes.stage_trainers import cached_features_allowed, trainer_for
-from mllm_vision.recipes.stages import BASE, MODEL, TENSORBOARD, ConversationsStage, Stage
+from mllm_vision.recipes.stages import BASE, MODEL, TENSORBOARD, ConversationsStage, FilesStage, ObjectWordsStage, Stage
 from mllm_vision.recipes.tiny_model import NewModelSpec, build_model, build_processor
 from mllm_vision.recipes.trainer import JSONLog, RecipeTrainer, rows_a_step, steps_of
 from mllm_vision.recipes.uhd_tower import with_uhd_tower
 from mllm_vision.registry import MethodConfig
+from mllm_vision.slots import Slots
 
 _RECORD = "recipe.yaml"
+_VERSION = 1
+"""Of the record; a recipe that a person writes has none."""
 _HANDED_OUT = ("publish_dtype", "publish_rank", "task", "data", "about", "card", "note", "overwrite")
 """Fields of a recipe that no weight depends on: what is done with the last stage's."""
 
@@ -76,27 +87,20 @@ def train(recipe: str | Path, overrides: Sequence[str] = ()) -> Path:
     first = arguments[plan.stages[0].name]
     for told in arguments.values():
         _require_reporters(told)
-    for stage in plan.stages:
-        if isinstance(stage, ConversationsStage) and not (output / stage.name).is_dir():
-            for data in (*stage.data, *stage.validation):
-                data.require_files()  # rather now than when the stages ahead have been trained
-    if plan.task is not None and plan.data is not None:
-        (task,) = parse_tasks(plan.task)
-        asked = data_folder(task, plan.data)
-        if asked is not None and not asked.is_dir():
-            raise FileNotFoundError(f"task {task.name}: there is no {asked}, where data says its questions are")
+    _require_files(plan, output)
     if first.should_save:
         _claim(plan, output)
     set_seed(plan.seed)
     with first.main_process_first():
         source = beginning(plan, output)
+    _require_parts(plan, source)
     stages: list[Path] = []
     for stage in plan.stages:
         done = output / stage.name
         if not done.is_dir():
             base = stages[-1] if stages and not _retrains_all(plan, stage) else source
             before = stages[-1] if stages else source
-            _run_stage(plan, stage, before, arguments[stage.name], done, _base_name(plan, base))
+            _run_stage(plan, stage, before, arguments[stage.name], done, _base_name(plan, stage, base))
             gc.collect()  # a trainer and its model hold each other; the next stage needs their memory
         stages.append(done)
     command = shlex.join(["mllm-vision", "train", str(recipe), *overrides])
@@ -135,15 +139,55 @@ def _require_reporters(arguments: TrainingArguments) -> None:
         reporter()
 
 
+def _require_files(plan: Recipe, output: Path) -> None:
+    """Raise FileNotFoundError now, rather than when the stages ahead have been trained."""
+    for stage in plan.stages:
+        if (output / stage.name).is_dir():
+            continue
+        if isinstance(stage, ConversationsStage):
+            for data in (*stage.data, *stage.validation):
+                data.require_files()
+        if isinstance(stage, ObjectWordsStage) and not (Path(stage.photos) / OBJECTS).is_file():
+            raise FileNotFoundError(
+                f"stages.{stage.name}.photos: there is no {Path(stage.photos) / OBJECTS}; `mllm-vision photos` makes it"
+            )
+    if plan.task is not None and plan.data is not None:
+        (task,) = parse_tasks(plan.task)
+        asked = data_folder(task, plan.data)
+        if asked is not None and not asked.is_dir():
+            raise FileNotFoundError(f"task {task.name}: there is no {asked}, where data says its questions are")
+
+
+def _require_parts(plan: Recipe, source: str | Path) -> None:
+    """Raise ValueError where a stage trains what the model has not, or does not go with its methods; no weight is read.
+
+    Args:
+        source: What the run begins with.
+    """
+    if adapter_folder(source_of(source)) is not None:
+        raise ValueError(f"a run goes on from a whole model, and {source} is an adapter; `mllm-vision merge` makes one")
+    config = AutoConfig.from_pretrained(source_of(source))
+    with torch.device("meta"):
+        host = AutoModelForImageTextToText.from_config(config)
+        slots = Slots([MethodConfig.from_dict(method) for method in plan.methods], config)
+    for stage in plan.stages:
+        train_only(host, [name for name in stage.trains if not inside(name, SLOTS)])
+        if isinstance(stage, FilesStage) and stage.cache_tower and (slots.requests or slots.resize is not None):
+            asking = ", ".join(method.type for method in slots.methods)
+            raise ValueError(f"stages.{stage.name}.cache_tower: a method among {asking} has to see the tower at work")
+        if stage.lora is not None:
+            lora_modules(host, stage.lora, [name for name in stage.trains if not inside(name, SLOTS)])
+
+
 def _claim(plan: Recipe, output: Path) -> None:
     """Make `output` ours: create it, go on with the same recipe in it, or refuse."""
     record = output / _RECORD
-    wanted = {**dataclasses.asdict(plan), "overwrite": False}
+    wanted = {"version": _VERSION, **dataclasses.asdict(plan), "overwrite": False}
     if output.is_dir() and any(output.iterdir()):
-        if not _is_record(record):
+        held = _held(record)
+        if held is None:
             raise FileExistsError(f"{output} is not empty and holds no training run; choose another output")
-        held = yaml.safe_load(record.read_text(encoding="utf-8"))
-        same = all(held[name] == value for name, value in wanted.items() if name not in _HANDED_OUT)
+        same = all(value == getattr(plan, name) for name, value in vars(held).items() if name not in _HANDED_OUT)
         if plan.overwrite or not (same or _has_learnt(output)):
             shutil.rmtree(output)
         elif (output / MODEL).exists():
@@ -159,15 +203,16 @@ def _claim(plan: Recipe, output: Path) -> None:
         raise type(error)(f"output {output} cannot be written to: {error}; choose another output") from error
 
 
-def _is_record(record: Path) -> bool:
-    """Whether a run wrote this file, with every key there is, and not a person who keeps a recipe of that name here."""
-    if not record.is_file():
-        return False
+def _held(record: Path) -> Recipe | None:
+    """The recipe of the run that wrote this file; None where a person keeps a recipe of that name, or something else.
+
+    What an earlier version of this library did not know has its default.
+    """
     try:
-        written = yaml.safe_load(record.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
-        return False
-    return isinstance(written, dict) and set(written) == set(Recipe.defaults())
+        written = read_yaml(record)
+        return built(Recipe, written, str(record)) if written.pop("version", None) == _VERSION else None
+    except (OSError, ValueError):
+        return None
 
 
 def _has_learnt(output: Path) -> bool:
@@ -314,10 +359,11 @@ def _held_out_curve(log_history: list[dict[str, float]]) -> list[dict[str, float
     return [{key: value for key, value in row.items() if key not in timings} for row in rows.values()]
 
 
-def _base_name(plan: Recipe, base: str | Path) -> str:
+def _base_name(plan: Recipe, stage: Stage, base: str | Path) -> str:
     """What an adapter calls the model under it, so that it is found from any folder."""
-    if isinstance(plan.model, AssemblySpec) and Path(base) == Path(plan.output) / BASE:
-        return plan.model.line  # it can be made again anywhere
+    # An assembled model can be made again anywhere, but for its projector, which the adapter must bring along.
+    if isinstance(plan.model, AssemblySpec) and Path(base) == Path(plan.output) / BASE and "projector" in stage.trains:
+        return plan.model.line
     is_folder = source_of(base) == base and Path(base).is_dir()  # and no checkpoint that comes with the library
     return str(Path(base).resolve() if is_folder else base)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
 import torch
 from torch import Tensor
@@ -60,8 +61,9 @@ class AssemblySpec(Settings):
 
     @property
     def line(self) -> str:
-        """What an adapter calls this model as its base, for `assemble_again`."""
-        return ASSEMBLED + spec(self.tower, {k: v for k, v in vars(self).items() if k != "tower"})
+        """What an adapter calls this model as its base, for `assemble_again`: folders whole, ":" in them as "%3A"."""
+        parts = {name: quote(_anywhere(getattr(self, name)), safe="/") for name in ("tower", "language")}
+        return ASSEMBLED + spec(parts.pop("tower"), {**parts, "side": self.side, "feature_layer": self.feature_layer})
 
 
 def assemble(
@@ -124,6 +126,7 @@ def assemble_again(
         ValueError: another option, or a device map of several devices.
     """
     tower, settings = parse_spec(line.removeprefix(ASSEMBLED))
+    tower, settings["language"] = unquote(tower), unquote(settings["language"])
     if isinstance(device_map, dict):
         device_map, *further = set(device_map.values())
         others |= {"device_map of several devices": further} if further else {}
@@ -138,6 +141,11 @@ def assemble_again(
     if device_map == "auto":
         device_map = torch.accelerator.current_accelerator(check_available=True)
     return (model if device_map is None else model.to(device_map)), processor
+
+
+def _anywhere(source: str) -> str:
+    """A source by a name under which any folder finds it."""
+    return str(Path(source).resolve()) if Path(source).is_dir() else source
 
 
 def _planned(eyes: Tower, speech: Language, side: int | None, feature_layer: int) -> PreTrainedConfig:

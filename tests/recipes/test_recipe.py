@@ -30,8 +30,10 @@ def test_every_recipe_of_the_library_loads_and_explains_itself(name):
         assert head in heads, f"the header must have a line {head}"
     assert {"Makes", "Reproduces"} & set(heads), "the header must say what it Makes or Reproduces"
     assert f"mllm-vision train {name}" in manual
-    if "-m mllm_vision train" in manual:
-        assert f"-m mllm_vision train {name}" in manual
+    assert re.search(
+        rf"accelerate launch --config_file \w+\.yaml --num_processes \d \\\n#  +-m mllm_vision train {name}\b", manual
+    )
+    if "Batch" in heads:
         batch, *factors = map(int, BATCH.search(manual).groups())
         arguments = stages[-1].arguments
         assert factors[:2] == [arguments["per_device_train_batch_size"], arguments["gradient_accumulation_steps"]]
@@ -169,9 +171,23 @@ def test_a_recipe_of_conversations_is_read_whole(chat):
         (
             [
                 "methods=[{type: hiprune, keep: 0.5}]",
-                "stages.chat={name: chat, objective: object_words, photos: x, trains: [projector]}",
+                "stages=[{name: chat, objective: object_words, photos: x, trains: [projector]}]",
             ],
             "words of patches are learnt by the stock host",
+        ),
+        (
+            ["stages.chat.trains=[projector]", "stages.chat.lora.target=all"],
+            "the projector is both in trains and a target",
+        ),
+        (["stages.chat.pack=true", "attention=flash_attention_2"], "masks that flash attention does not take"),
+        (["stages.chat.layer_decay.language=1.5"], r"layer_decay of the language must be in \(0, 1\], got 1.5"),
+        (
+            [
+                "stages.chat.cache_tower=true",
+                "stages.chat.arguments.eval_strategy=epoch",
+                "stages.chat.validation=[{format: messages, path: x, streaming: true}]",
+            ],
+            "cache_tower needs all rows at hand, but its validation is streamed",
         ),
         (["publish_rank=9"], r"publish_rank must be in 1\.\.8, got 9"),
         (["publish_rank=4", "stages.chat.lora=null", "stages.chat.trains=[projector]"], "the last stage has no lora"),
@@ -188,7 +204,10 @@ def test_a_recipe_of_conversations_is_read_whole(chat):
         (["stages.chat.learning_rates={eyes: 1.0}"], "unknown part eyes; there are language, tower, projector"),
         (["stages.chat.arguments.learning_rate=fast"], "arguments.learning_rate must be of type float, got 'fast'"),
         (["stages.chat.arguments.bf16=1"], "arguments.bf16 must be of type bool, got 1"),
-        (["quantize=nf4", "stages.chat.trains=[language]"], "quantised weights cannot be trained, got language"),
+        (
+            ["quantize=nf4", "stages.chat.trains=[language]", "stages.chat.lora.target=projector"],
+            "quantised weights cannot be trained, got language",
+        ),
         (["quantize=int4"], "quantize must be one of 'nf4', 'int8'"),
         (["dtype=half"], "dtype must be one of"),
         (["task=scenes,scene_captions"], "task must be one benchmark"),

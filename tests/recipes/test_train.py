@@ -13,7 +13,9 @@ import mllm_vision as mv
 import mllm_vision.recipes.publish as publish_module
 import mllm_vision.recipes.train as train_module
 import mllm_vision.recipes.trainer as trainer_module
+from mllm_vision.adapter_folder import save_adapter
 from mllm_vision.eval import evaluate
+from mllm_vision.recipes.lora import LoraSpec, with_lora
 from mllm_vision.recipes.recipe import load_recipe
 from mllm_vision.recipes.stage_trainers import trainer_for
 from mllm_vision.recipes.train import train
@@ -209,6 +211,38 @@ def test_an_unfinished_run_goes_on_with_another_card_and_another_task(toy, tmp_p
     folder = train(toy, [output, "about=Something else.", "task=scenes:questions=5:side=70"])
     assert "Something else." in (folder / "README.md").read_text()
     assert json.loads((folder / "scores.json").read_text())["task"] == "scenes:questions=5:side=70"
+
+
+def test_a_record_of_an_earlier_version_lacks_what_is_new_since(toy, tmp_path, monkeypatch):
+    output = f"output={tmp_path / 'run'}"
+    train_and_kill(monkeypatch, toy, "answers", 1, output)
+    record = tmp_path / "run" / "recipe.yaml"
+    written = yaml.safe_load(record.read_text())
+    del written["publish_rank"], written["stages"][1]["branches"]
+    record.write_text(yaml.safe_dump(written))
+    before = (tmp_path / "run" / "tower" / "model.safetensors").stat().st_mtime_ns
+    train(toy, [output])
+    assert (tmp_path / "run" / "tower" / "model.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.language.trains=[projektor]", "projektor is no submodule of the model"),
+        ("stages.language.lora={target: tower, r: 2, alpha: 4, options: {layers_to_transform: 9}}", "no linear layer"),
+    ],
+)
+def test_what_the_model_has_not_is_missed_before_the_first_stage(toy, tmp_path, override, message):
+    with pytest.raises(ValueError, match=message):
+        train(toy, [f"output={tmp_path / 'run'}", "stages.language.trains=[]", override])
+    assert not (tmp_path / "run" / "tower").exists()
+
+
+def test_a_run_does_not_go_on_from_an_adapter(toy, tmp_path):
+    model, _ = mv.load("tiny-llava-scenes")
+    save_adapter(with_lora(model, LoraSpec(r=1, alpha=1)), tmp_path / "adapter", "tiny-llava-scenes")
+    with pytest.raises(ValueError, match="adapter is an adapter; `mllm-vision merge` makes one"):
+        train("tiny_lora", [f"output={tmp_path / 'run'}", f"model={tmp_path / 'adapter'}"])
 
 
 def test_questions_that_are_not_there_are_missed_before_training(toy, tmp_path):
