@@ -27,8 +27,10 @@ from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 import mllm_vision as mv
 from mllm_vision.eval.answers import answer, inputs_for, prompt_for
 from mllm_vision.eval.environment import environment
+from mllm_vision.eval.families import FamilyTask
 from mllm_vision.eval.measurement import Clock, Steps, measure_steps
 from mllm_vision.eval.tasks.photos import Photos
+from mllm_vision.eval.tasks.scenes import Scenes
 from mllm_vision.pictures import SheetCell, SheetRow, contact_sheet, draw_kept, tile_pictures
 from mllm_vision.reducers import CLSTopKConfig, DownsampleConfig, HiPruneConfig, PoolConfig, RandomConfig
 from mllm_vision.registry import MethodConfig
@@ -64,6 +66,7 @@ class Asked:
         image: Name of its picture; questions about one picture share it.
         text, answer, family: As the data have them.
         picture: Loads or draws it.
+        task: The benchmark that it is of, which knows a right answer.
     """
 
     image: str
@@ -71,10 +74,15 @@ class Asked:
     answer: str
     family: str
     picture: Callable[[], Image.Image] = field(compare=False, repr=False)
+    task: FamilyTask = field(compare=False, repr=False)
+
+    def is_right(self, answer: str) -> bool:
+        """Whether the benchmark counts this answer."""
+        return bool(self.task.tally({"family": self.family, "answer": self.answer}, answer)["right"])
 
     def record(self) -> dict[str, str]:
-        """All but the picture."""
-        return {name: value for name, value in vars(self).items() if name != "picture"}
+        """What it is in words."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, str)}
 
 
 @dataclass
@@ -148,7 +156,7 @@ def run_demo(
         with mv.using(host, *methods):
             answers = answer_questions(host, processor, asked)
             (kept,) = mv.inspect_tokens(host, **inputs_of(processor, asked[0]))
-        right = sum(answer == question.answer for question, answer in zip(asked, answers, strict=True))
+        right = sum(question.is_right(answer) for question, answer in zip(asked, answers, strict=True))
         stored = [method.to_dict() for method in methods]
         results.append(MethodResult(name, stored, len(kept.patch_index), *times[name], answers, right))
     say("drawing what was kept")
@@ -174,12 +182,13 @@ def run_demo(
 
 def held_out_questions(side: int) -> Iterator[Asked]:
     """Test scenes of ``side`` pixels, each with one question of every family that can be asked about it."""
+    task = Scenes(split=SPLIT)
     for index in count():
         scene, rng = sample_scene(SPLIT, index, side=side), random.Random(f"demo-{SEED}-{index}")
         for question in (ask(scene, rng) for ask in FAMILIES.values()):
             if question is not None:
                 name = f"{SPLIT}-{index}"
-                yield Asked(name, question.text, question.answer, question.family, partial(render, scene))
+                yield Asked(name, question.text, question.answer, question.family, partial(render, scene), task)
 
 
 def photo_questions(folder: str | Path) -> Iterator[Asked]:
@@ -193,7 +202,7 @@ def photo_questions(folder: str | Path) -> Iterator[Asked]:
     for example in task.load(Path(folder)).examples:
         (picture,), target = example.images, example.target
         name, _, _ = example.id.rpartition("-")
-        asked = Asked(name, example.question, target["answer"], target["family"], picture)
+        asked = Asked(name, example.question, target["answer"], target["family"], picture, task)
         by_family.setdefault(asked.family, []).append(asked)
     rng = random.Random(f"demo-{SEED}")
     for questions in by_family.values():
@@ -269,7 +278,7 @@ def draw(
             name = f"{question.family}-{result.name.replace(' ', '-').replace('/', '-')}.png"
             draw_kept([seen], [kept]).save(out / PICTURES / name)
             picture = draw_kept([seen], [kept], side=240, legend=False)
-            cells.append(SheetCell(picture, [kept], result.answers[i], result.answers[i] == question.answer))
+            cells.append(SheetCell(picture, [kept], result.answers[i], question.is_right(result.answers[i])))
         rows.append(SheetRow(question.text, question.answer, cells))
     contact_sheet([f"{result.name}\n{result.tokens} tokens" for result in results], rows).save(out / SHEET)
 

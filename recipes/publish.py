@@ -154,7 +154,7 @@ def _run(facts: dict[str, Any]) -> list[str]:
     ]
     if facts["base"]:
         lines.insert(0, f"Goes on from `{facts['base']}`.")
-    if facts["rank"]:
+    if facts.get("rank"):  # which cards of earlier runs have not
         lines.append("LoRA of rank {published}, which is {kept:.3f} of the updates as trained.".format(**facts["rank"]))
     if facts["methods"]:
         lines.append(f"Methods: `{json.dumps(facts['methods'])}`.")

@@ -10,25 +10,19 @@ Differs: existence counts an answer only if it is "yes" or "no", in whatever cas
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
-import numpy as np
-
 from mllm_vision.eval.data import Row, file_rows, records
-from mllm_vision.eval.families import OVERALL, FamilyTask
-from mllm_vision.eval.metrics.ratio import ratio
-from mllm_vision.eval.metrics.yes_no import yes_no_scores, yes_no_tally
-from mllm_vision.eval.task import Example, Sums, Tally
+from mllm_vision.eval.families import FamilyTask
+from mllm_vision.eval.task import Example
 from mllm_vision.photos.export import QUESTION_FOLDER
 from mllm_vision.photos.questions import FAMILIES, NEGATIVES, NUMBERS
 
 __all__ = ["Photos"]
-
-
-_DIGITS = {str(number): word for number, word in enumerate(NUMBERS)}
 
 
 @dataclass(kw_only=True)
@@ -43,6 +37,7 @@ class Photos(FamilyTask, name="photos", paper="composed by mllm_vision.photos"):
     """
 
     known = FAMILIES
+    spelled = MappingProxyType({str(number): word for number, word in enumerate(NUMBERS)})
 
     split: Literal["validation", "test"] = "test"
 
@@ -84,19 +79,3 @@ class Photos(FamilyTask, name="photos", paper="composed by mllm_vision.photos"):
             groups=tuple(groups.get(family, [family])),
             unit=row.fingerprint(),
         )
-
-    def tally(self, target: dict[str, str], answer: str) -> Tally:
-        said = answer.strip().lower().removesuffix(".")
-        if target["family"] == "existence":
-            return yes_no_tally(target["answer"], said if said in ("yes", "no") else None)
-        return {"n": 1, "right": float(_DIGITS.get(said, said) == target["answer"])}
-
-    def scores(self, sums: Sums) -> dict[str, Any]:
-        return yes_no_scores(sums) if "said_yes" in sums else {"accuracy": ratio(sums["right"], sums["n"])}
-
-    def summary(self, groups: Mapping[str, Sums]) -> dict[str, dict[str, Any]]:
-        by_family: dict[str, list[Any]] = {}
-        for group, sums in groups.items():
-            by_family.setdefault(group.partition("_")[0], []).append(ratio(sums["right"], sums["n"]))
-        families = [np.mean(accuracies, axis=0) for accuracies in by_family.values()]
-        return {OVERALL: {"accuracy": np.mean(families, axis=0)}}

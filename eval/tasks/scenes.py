@@ -9,19 +9,15 @@ Differs: existence counts an answer only if it is "yes" or "no", in whatever cas
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
-
-import numpy as np
+from typing import Literal
 
 from mllm_vision.eval.data import Row
-from mllm_vision.eval.families import OVERALL, FamilyTask
-from mllm_vision.eval.metrics.ratio import ratio
-from mllm_vision.eval.metrics.yes_no import yes_no_scores, yes_no_tally
-from mllm_vision.eval.task import Example, Questions, Sums, Tally
+from mllm_vision.eval.families import FamilyTask
+from mllm_vision.eval.task import Example, Questions
 from mllm_vision.scenes import FAMILIES, NEGATIVES, Question, Scene, render, sample_scene
 from mllm_vision.scenes.draw import REFERENCE_SIDE
 from mllm_vision.scenes.questions import existence_question
@@ -74,22 +70,6 @@ class Scenes(FamilyTask, name="scenes", paper="drawn by mllm_vision.scenes"):
             groups=tuple(f"existence_{kind}" for kind in negatives) if is_existence else (question.family,),
             unit=f"{scene.split}-{scene.index}",
         )
-
-    def tally(self, target: dict[str, str], answer: str) -> Tally:
-        said = answer.strip().lower().removesuffix(".")
-        if target["family"] == "existence":
-            return yes_no_tally(target["answer"], said if said in ("yes", "no") else None)
-        return {"n": 1, "right": float(said == target["answer"])}
-
-    def scores(self, sums: Sums) -> dict[str, Any]:
-        return yes_no_scores(sums) if "said_yes" in sums else {"accuracy": ratio(sums["right"], sums["n"])}
-
-    def summary(self, groups: Mapping[str, Sums]) -> dict[str, dict[str, Any]]:
-        by_family: dict[str, list[Any]] = {}
-        for group, sums in groups.items():
-            by_family.setdefault(group.partition("_")[0], []).append(ratio(sums["right"], sums["n"]))
-        families = [np.mean(accuracies, axis=0) for accuracies in by_family.values()]
-        return {OVERALL: {"accuracy": np.mean(families, axis=0)}}
 
 
 def sample_questions(
