@@ -11,7 +11,6 @@ its own.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -34,6 +33,7 @@ from mllm_vision.eval.measurement import (
     in_turn,
     measure_steps,
     peak_memory,
+    spread,
     torch_threads,
 )
 from mllm_vision.eval.shapes import MakeInputs, Shape, random_pictures, sharing_weights
@@ -194,7 +194,7 @@ class _Run:
         pairs = self.pairs(models, inputs)
         rows: list[dict[str, Any]] = []
         for name, methods in self.candidates.items():
-            seconds = {step: _spread([getattr(ours, step) for _, ours in pairs[name]]) for step in STEPS}
+            seconds = {step: spread([getattr(ours, step) for _, ours in pairs[name]]) for step in STEPS}
             row = {
                 "name": name,
                 "methods": [method.to_dict() for method in methods],
@@ -275,14 +275,10 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
 def _against(baseline: dict[str, Any], row: dict[str, Any], pairs: Sequence[tuple[Steps, ...]]) -> dict[str, Any]:
     """The row's ratios to the baseline, of neighbours, and over the ratios of FLOPs."""
     ratios: dict[str, dict[str, Any]] = {}
     for step in STEPS:
         each = [getattr(ours, step) / getattr(theirs, step) for theirs, ours in pairs]
-        ratios[step] = {**_spread(each), "pairs": len(pairs), "flops": row["flops"][step] / baseline["flops"][step]}
+        ratios[step] = {**spread(each), "pairs": len(pairs), "flops": row["flops"][step] / baseline["flops"][step]}
     return {"ratios": ratios, "over_flops": {step: ratio["median"] / ratio["flops"] for step, ratio in ratios.items()}}

@@ -31,7 +31,7 @@ import mllm_vision as mv
 from mllm_vision.encoding import encode_images
 from mllm_vision.eval import shapes
 from mllm_vision.eval.environment import environment
-from mllm_vision.eval.measurement import in_fresh_process, paired, peak_memory, torch_threads
+from mllm_vision.eval.measurement import in_fresh_process, paired, peak_memory, spread, torch_threads
 from mllm_vision.reducers import HiPruneConfig
 from mllm_vision.slotted import SlottedModel
 
@@ -204,12 +204,7 @@ def ratio_row(
         "unit": unit,
         "stock": statistics.median(stock),
         "ours": statistics.median(ours),
-        "ratio": {
-            "median": statistics.median(ratios),
-            "min": min(ratios),
-            "max": max(ratios),
-            "pairs": len(pairs),
-        },
+        "ratio": {**spread(ratios), "pairs": len(pairs)},
         "target": TARGETS.get(name, target),
     }
 

@@ -29,7 +29,7 @@ from mllm_vision.encoding import encode_images, image_inputs
 from mllm_vision.eval.answers import inputs_for, prompt_for
 from mllm_vision.eval.environment import environment
 from mllm_vision.eval.evaluation import data_folder, evaluate
-from mllm_vision.eval.measurement import clock_of, measure_steps
+from mllm_vision.eval.measurement import clock_of, measure_steps, spread
 from mllm_vision.eval.report import TaskResult
 from mllm_vision.eval.scores import LEVEL, RESAMPLES, seeds_against
 from mllm_vision.eval.task import Example, Task
@@ -173,11 +173,11 @@ def sweep(
             "keep": point.keep,
             "decoding": point.decoding,
             "tokens": tokens,
-            "first_token_ms": spread,
+            "first_token_ms": milliseconds,
             "seeds": [result.headline.value for result in found],
             **seeds_against(task, mine, tallies[0], seed=seed),
         }
-        for point, found, mine, (tokens, spread) in zip(points, results, tallies, times, strict=True)
+        for point, found, mine, (tokens, milliseconds) in zip(points, results, tallies, times, strict=True)
     ]
     for point, mine, values in zip(points, tallies, written, strict=True):
         if point.decoding is not None:
@@ -220,9 +220,8 @@ def _first_token_times(
     found = []
     for column in zip(*counted, strict=True):
         times, kept = zip(*column, strict=True)
-        spread = {"median": statistics.median(times), "min": min(times), "max": max(times)}
         ratios = [time / turn[0][0] for time, turn in zip(times, counted, strict=True)]
-        found.append((statistics.median(kept), {**spread, "ratio": statistics.median(ratios)}))
+        found.append((statistics.median(kept), {**spread(times), "ratio": statistics.median(ratios)}))
     return found
 
 

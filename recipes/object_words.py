@@ -31,7 +31,7 @@ PATCHES = ("thing", BACKGROUND)
 """Kinds of patches whose words are counted apart."""
 _CORE = 0.7
 """Share of an object's box, in width and height about its middle, whose patches are taken to show it."""
-_SHARPNESS = 20.0  # of cosines, before their softmax
+_LOGIT_SCALE = 20.0  # of cosines, before their softmax
 
 
 class PhotoPatches(Dataset):
@@ -147,7 +147,7 @@ class ObjectWords(nn.Module):
         (model,) = self._model
         features = torch.stack(list(model.get_image_features(**images).pooler_output))  # (B, N, D)
         told, words = features.flatten(0, 1).float(), self.words.float()
-        scores = functional.normalize(told, dim=-1) @ functional.normalize(words, dim=-1).T * _SHARPNESS
+        scores = functional.normalize(told, dim=-1) @ functional.normalize(words, dim=-1).T * _LOGIT_SCALE
         targets, known = nouns.flatten(), nouns.flatten() != IGNORED
         loss = functional.cross_entropy(scores, targets, weight=self.weight, ignore_index=IGNORED)
         right_word = words[targets[known]]

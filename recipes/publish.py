@@ -41,42 +41,62 @@ def publish(
         `final`.
     """
     records = [json.loads((stage / STAGE_RECORD).read_text(encoding="utf-8")) for stage in stages]
-    trained, is_adapter, kept = stages[-1], plan.stages[-1].lora is not None, None
+    is_adapter = plan.stages[-1].lora is not None
     if arguments.should_save:
         for cut_off in final.parent.glob(f".{final.name}-*"):  # by an end of the process while it wrote here
             shutil.rmtree(cut_off)
     with whole_folder(final) if arguments.should_save else nullcontext() as folder, TemporaryDirectory() as scratch:
-        if is_adapter and (plan.publish_rank is not None or plan.publish_dtype is not None):
-            trained = Path(scratch) / "adapter"
-            kept = reduce_rank(stages[-1], trained, plan.publish_rank, getattr(torch, plan.publish_dtype or plan.dtype))
-        # Once: what is written as it is stored is asked questions afterwards.
-        dtype = plan.dtype if is_adapter else plan.publish_dtype or plan.dtype
-        loaded = mv.load(trained, dtype=getattr(torch, dtype)) if plan.task is not None or not is_adapter else None
+        trained, kept = _cut_down(plan, stages[-1], Path(scratch)) if is_adapter else (stages[-1], None)
+        loaded = None
+        if plan.task is not None or not is_adapter:  # once: what is written as it is stored is asked questions then
+            dtype = plan.dtype if is_adapter else plan.publish_dtype or plan.dtype
+            loaded = mv.load(trained, dtype=getattr(torch, dtype))
         if folder is not None and is_adapter:
             shutil.copytree(trained, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(STAGE_RECORD))
         elif folder is not None and loaded is not None:
             _write_model(*loaded, folder)
-        facts = {
-            "recipe": name,
-            "command": command,
-            "seed": plan.seed,
-            "about": plan.about,
-            "card": plan.card,
-            "note": plan.note,
-            "base": plan.base,
-            "methods": plan.methods,
-            "adapter": is_adapter,
-            "rank": None if plan.publish_rank is None else {"published": plan.publish_rank, "kept": kept},
-            "parameters": records[-1]["parameters"],
-            "stages": records,
-            "task": plan.task,
-            "scores": {} if loaded is None else _scores(plan, *loaded, arguments.device),
-            **environment(),
-        }
+        scores = {} if loaded is None else _scores(plan, *loaded, arguments.device)
         if folder is not None:
+            facts = _facts(plan, name, command, records, kept, scores)
             (folder / SCORES).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
             (folder / "README.md").write_text(model_card(facts), encoding="utf-8")
     return final
+
+
+def _cut_down(plan: Recipe, adapter: Path, scratch: Path) -> tuple[Path, float | None]:
+    """The adapter in the rank and precision in which it is published, and how much of its updates is kept."""
+    if plan.publish_rank is None and plan.publish_dtype is None:
+        return adapter, None
+    dtype = getattr(torch, plan.publish_dtype or plan.dtype)
+    return scratch / "adapter", reduce_rank(adapter, scratch / "adapter", plan.publish_rank, dtype)
+
+
+def _facts(
+    plan: Recipe,
+    name: str,
+    command: str,
+    stages: list[dict[str, Any]],
+    kept: float | None,
+    scores: dict[str, dict[str, Any]],
+) -> dict[str, Any]:
+    """What there is to know of the model: all that its card says."""
+    return {
+        "recipe": name,
+        "command": command,
+        "seed": plan.seed,
+        "about": plan.about,
+        "card": plan.card,
+        "note": plan.note,
+        "base": plan.base,
+        "methods": plan.methods,
+        "adapter": plan.stages[-1].lora is not None,
+        "rank": None if plan.publish_rank is None else {"published": plan.publish_rank, "kept": kept},
+        "parameters": stages[-1]["parameters"],
+        "stages": stages,
+        "task": plan.task,
+        "scores": scores,
+        **environment(),
+    }
 
 
 def _write_model(model: PreTrainedModel, processor: ProcessorMixin, folder: Path) -> None:

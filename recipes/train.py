@@ -60,7 +60,7 @@ from mllm_vision.slots import Slots
 _RECORD = "recipe.yaml"
 _VERSION = 1
 """Of the record; a recipe that a person writes has none."""
-_HANDED_OUT = ("publish_dtype", "publish_rank", "task", "data", "about", "card", "note", "overwrite")
+_PUBLISHED = ("publish_dtype", "publish_rank", "task", "data", "about", "card", "note", "overwrite")
 """Fields of a recipe that no weight depends on: what is done with the last stage's."""
 
 
@@ -187,7 +187,7 @@ def _claim(plan: Recipe, output: Path) -> None:
         held = _held(record)
         if held is None:
             raise FileExistsError(f"{output} is not empty and holds no training run; choose another output")
-        same = all(value == getattr(plan, name) for name, value in vars(held).items() if name not in _HANDED_OUT)
+        same = all(value == getattr(plan, name) for name, value in vars(held).items() if name not in _PUBLISHED)
         if plan.overwrite or not (same or _has_learnt(output)):
             shutil.rmtree(output)
         elif (output / MODEL).exists():

@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from mllm_vision.eval.measurement import in_fresh_process, in_turn, peak_memory, seconds, torch_threads
+from mllm_vision.eval.measurement import in_fresh_process, in_turn, peak_memory, seconds, spread, torch_threads
 from mllm_vision.recipes.recipe import load_recipe
 from mllm_vision.recipes.stage_trainers import cached_features_allowed, trainer_for
 from mllm_vision.recipes.train import beginning, prepared, training_arguments
@@ -39,7 +39,7 @@ def training_cost(recipe: str, arms: dict[str, list[str]], *, repeats: int = 7, 
         ratios = [turn[i] / turn[0] for turn in turns]
         found[name] = {
             "seconds": statistics.median(turn[i] for turn in turns),
-            "ratio": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
+            "ratio": spread(ratios),
             "megabytes": memory[i],
         }
     return found

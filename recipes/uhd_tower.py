@@ -57,7 +57,7 @@ def with_uhd_tower(spec: UHDTowerSpec, side: int) -> tuple[PreTrainedModel, Proc
             f"side must be a multiple of {tower.config.token_size} pixels ({spec.patch_size} for a patch, 2 for each "
             f"merger), got {side}"
         )
-    model.model.vision_tower = tower
+    model.set_submodule(family.tower_name, tower)
     model.config.vision_config = tower.config
     model.config.image_seq_length = (side // tower.config.token_size) ** 2
     model.config.vision_feature_select_strategy = "full"  # there is no CLS token to leave out
