@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
@@ -164,6 +165,47 @@ def sweep_rows():
     for method in dict.fromkeys(point["method"] for point in points[1:]):
         lost = [p["differences"]["mean of families"]["accuracy"] for p in points if p["method"] == method]
         yield f"| {method} | {' | '.join(with_interval(score, '+.3f') for score in lost)} |"
+
+
+PHOTO_FAMILIES = {
+    **dict.fromkeys(("existence_random", "existence_popular", "existence_adversarial"), "f1"),
+    **dict.fromkeys(("count", "position_quarter", "position_relation"), "accuracy"),
+    "mean of families": "accuracy",
+}
+
+
+def photo_learning_rows():
+    """What each stage of dino_smollm2 answers, and the adapter that comes along."""
+    for stage in ("base", "words", "captions", "adapter"):
+        scores = read(RESULTS / "dino_smollm2" / f"{stage}.json")["tasks"]["photos"]["scores"]
+        cells = (with_interval(scores[family][name], ".3f") for family, name in PHOTO_FAMILIES.items())
+        yield f"| {stage} | {' | '.join(cells)} |"
+
+
+def photo_rows():
+    """Plain decoding at every budget, and what DAMRO changes of it."""
+    record = read(RESULTS / "dino_smollm2" / "sweep.json")
+    group, name = record["task"]["headline"]
+    plain = [point for point in record["points"] if point["decoding"] is None]
+    contrasted = [point for point in record["points"] if point["decoding"] is not None]
+    for point, other in zip(plain, contrasted, strict=True):
+        keep = "" if point["keep"] is None else f" {Fraction(point['keep']).limit_denominator(9)}"
+        cells = [
+            with_interval(point["scores"][group][name], ".3f"),
+            "" if point["keep"] is None else with_interval(point["differences"][group][name], "+.3f"),
+            with_interval(other["to_plain"][group][name], "+.3f"),
+        ]
+        yield f"| {point['method']}{keep} | {point['tokens']:g} | {' | '.join(cells)} |"
+
+
+def training_cost_rows():
+    """Time and memory of a step of training, over the first arm's."""
+    record = read(RESULTS / "pruning_in_training.json")
+    for arm, cost in record["cost"].items():
+        if not record["arms"][arm]["plug"]:  # which is trained as another arm is
+            ratio = cost["ratio"]
+            times = f"{ratio['median']:.2f} | {ratio['min']:.2f} to {ratio['max']:.2f}"
+            yield f"| {arm} | {cost['seconds']:.2f} | {times} | {cost['megabytes']:.0f} |"
 
 
 def family_rows():
