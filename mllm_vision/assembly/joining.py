@@ -102,9 +102,9 @@ def assemble(
     """
     if out is not None:
         check_empty(Path(out), overwrite)
-    eyes, speech = find_tower(tower), find_language(language)
-    config = _planned(eyes, speech, side, feature_layer)
-    model, processor = _joined(eyes, speech, config, dtype)
+    tower_part, language_part = find_tower(tower), find_language(language)
+    config = _planned(tower_part, language_part, side, feature_layer)
+    model, processor = _joined(tower_part, language_part, config, dtype)
     if out is not None:
         with whole_folder(Path(out)) as folder:
             model.save_pretrained(folder)
@@ -148,9 +148,9 @@ def _anywhere(source: str) -> str:
     return str(Path(source).resolve()) if Path(source).is_dir() else source
 
 
-def _planned(eyes: Tower, speech: Language, side: int | None, feature_layer: int) -> PreTrainedConfig:
+def _planned(tower_part: Tower, language_part: Language, side: int | None, feature_layer: int) -> PreTrainedConfig:
     """The config of the whole; a ValueError where the parts do not go together."""
-    text, vision = speech.config, eyes.config
+    text, vision = language_part.config, tower_part.config
     if text.is_encoder_decoder or type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(f"{text.model_type} is no causal language model of transformers; take one that is, as llama")
     config = LlavaConfig(
@@ -186,32 +186,32 @@ def _planned(eyes: Tower, speech: Language, side: int | None, feature_layer: int
 
 
 def _joined(
-    eyes: Tower, speech: Language, config: PreTrainedConfig, dtype: torch.dtype
+    tower_part: Tower, language_part: Language, config: PreTrainedConfig, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Read the weights and put the parts together."""
-    seeing, speaking, tokenizer = eyes.load(dtype), speech.load(dtype), speech.tokenizer
+    vision_tower, causal, tokenizer = tower_part.load(dtype), language_part.load(dtype), language_part.tokenizer
     tiles = adapter_for(config).facts(config).grid is not None
-    if tiles and seeing.config.image_size != config.vision_config.image_size:
-        seeing = resampled(seeing, config.vision_config)
-    add_tokens(tokenizer, speaking)
-    config.vision_config, config.text_config = seeing.config, speaking.config
+    if tiles and vision_tower.config.image_size != config.vision_config.image_size:
+        vision_tower = resampled(vision_tower, config.vision_config)
+    add_tokens(tokenizer, causal)
+    config.vision_config, config.text_config = vision_tower.config, causal.config
     config.image_token_index = tokenizer.convert_tokens_to_ids(IMAGE_MARK)
     config.pad_token_id = config.text_config.pad_token_id = tokenizer.pad_token_id
     config.bos_token_id, config.eos_token_id = config.text_config.bos_token_id, config.text_config.eos_token_id
     config.dtype = dtype
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
-    model.model.vision_tower, model.model.language_model = seeing, speaking.base_model
-    model.lm_head = speaking.get_output_embeddings()
+    model.model.vision_tower, model.model.language_model = vision_tower, causal.base_model
+    model.lm_head = causal.get_output_embeddings()
     projector = type(model.model.multi_modal_projector)(config).to(dtype)
     projector.apply(model._init_weights)
     model.model.multi_modal_projector = projector
     model.tie_weights()
-    _require_same_logits(model, speaking)
-    model.generation_config = speaking.generation_config
+    _require_same_logits(model, causal)
+    model.generation_config = causal.generation_config
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.eos_token_id = _ends(model.generation_config.eos_token_id, tokenizer.eos_token_id)
-    return model.eval(), _processor(eyes, config, tokenizer)
+    return model.eval(), _processor(tower_part, config, tokenizer)
 
 
 @torch.no_grad()
@@ -224,18 +224,18 @@ def _require_same_logits(model: PreTrainedModel, language: PreTrainedModel) -> N
         )
 
 
-def _processor(eyes: Tower, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> ProcessorMixin:
+def _processor(tower_part: Tower, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> ProcessorMixin:
     own, vision = tokenizer.chat_template, config.vision_config
     template = CHAT_TEMPLATE if own is None else WITH_IMAGES + own
     if adapter_for(config).facts(config).grid is None:
-        return ViTUHDProcessor(eyes.image_processor, tokenizer, chat_template=template)
+        return ViTUHDProcessor(tower_part.image_processor, tokenizer, chat_template=template)
     square = {"height": vision.image_size, "width": vision.image_size}
     image_processor = CLIPImageProcessorPil(
         size=square,
         crop_size=square,  # what serving frameworks read; nothing is left to crop
-        image_mean=eyes.image_processor.image_mean,
-        image_std=eyes.image_processor.image_std,
-        resample=eyes.image_processor.resample,
+        image_mean=tower_part.image_processor.image_mean,
+        image_std=tower_part.image_processor.image_std,
+        resample=tower_part.image_processor.resample,
     )
     return LlavaProcessor(
         image_processor,
