@@ -80,8 +80,8 @@ def train(recipe: str | Path, overrides: Sequence[str] = ()) -> Path:
         FileExistsError: The output holds a finished run, a run of another recipe, or something that is no run.
         FileNotFoundError: Data of a stage still to be trained that are not there.
         FloatingPointError: A loss that is no number.
-        OSError: The output cannot be written to, or has no room for what the run will save; see `mllm_vision.recipes.disk`
-            for what is checked when.
+        OSError: The output cannot be written to, or has no room for what the run will save, as far as
+            `mllm_vision.recipes.disk` can tell ahead.
     """
     plan = load_recipe(recipe, overrides)
     output = Path(plan.output)
