@@ -12,26 +12,31 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import reduce
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from mllm_vision.folders import whole_folder
 from mllm_vision.host import adapter_for, find_host
+from mllm_vision.recipes.disk import require_room
+from mllm_vision.recipes.feature_file import FeatureFile, RowFile, write_rows
+from mllm_vision.recipes.row_identity import Identity
 from mllm_vision.slotted import SlottedModel
 
 PICTURES = "pixel_values"
+_SKIPPED = "skipped.txt"
+_SIGN_OF_LIFE = 30.0  # seconds
 SAVED_WITH = {"architectures", "dtype", "transformers_version"}
 """What a config has once it was saved, and says nothing about what the tower sees."""
 
@@ -39,133 +44,151 @@ SAVED_WITH = {"architectures", "dtype", "transformers_version"}
 class CachedRows(Dataset):
     """The rows of another data set with features in place of pictures, which are opened no more.
 
-    What else a row has is held in memory, some kilobytes each.
+    What else a row has is on disk, too, as it was when the cache was filled; memory holds 8 bytes a row.
     """
 
-    def __init__(self, rows: Any, kept: list[tuple[dict[str, Any], list[int]]], features: FeatureFile):
-        self.rows, self.kept, self.features = rows, kept, features
+    def __init__(self, rows: Any, folder: Path, features: FeatureFile):
+        self.rows, self.features = rows, features
+        self._kept = RowFile(folder)
+        self.skipped = int((folder / _SKIPPED).read_text(encoding="ascii"))
+        """How many rows the data set found broken when the cache was filled."""
 
     def __len__(self) -> int:
-        return len(self.kept)
+        return len(self._kept)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row, numbers = self.kept[index]
-        return {**row, PICTURES: self.features.read(numbers)} if numbers else dict(row)
+        row = self._kept[index]
+        numbers = row.pop(PICTURES)
+        return {**row, PICTURES: self.features.read(numbers)} if numbers else row
 
     def sizes(self) -> np.ndarray:
         """As the data set tells them, for a sampler."""
         return self.rows.sizes()
 
-    @property
-    def skipped(self) -> int:
-        """How many rows the data set found broken."""
-        return self.rows.skipped
 
-
-@dataclass
-class FeatureFile:
-    """Features of pictures, one behind the other, and beside them a line for each: the digest of its pixels.
-
-    A line is written when the features are on disk, so that a killed run loses nothing but its last batch.
-
-    Args:
-        folder: Where both files are; it is made.
-        shape: (N, L * C).
-        numbers: The number of each picture by its digest; what is on disk is found here.
-    """
-
-    folder: Path
-    shape: tuple[int, int]
-    numbers: dict[str, int] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for file in (self._features, self._digests):
-            file.touch()
-        lines = self._digests.read_text(encoding="ascii").splitlines(keepends=True)
-        whole = min(sum(line.endswith("\n") for line in lines), self._features.stat().st_size // self._size)
-        self.numbers = {line.strip(): number for number, line in enumerate(lines[:whole])}
-        os.truncate(self._features, whole * self._size)
-        self._digests.write_text("".join(lines[:whole]), encoding="ascii")
-
-    def append(self, digests: list[str], features: Tensor) -> None:
-        """Put the features (B, N, L * C) of B pictures behind those that are there.
-
-        Raises:
-            ValueError: they are not of this shape, or do not fit into float16.
-        """
-        if features.shape[1:] != self.shape:
-            raise ValueError(
-                f"the tower made {tuple(features.shape[1:])} features of a picture, its config says {self.shape}; make "
-                "the pictures as large as its image_size"
-            )
-        half = features.to(torch.float16)
-        if not half.isfinite().all():
-            raise ValueError("the tower's features are too large for float16; train without the cache")
-        for file, content in (
-            (self._features, half.cpu().numpy().tobytes()),
-            (self._digests, "".join(f"{digest}\n" for digest in digests).encode()),
-        ):
-            with file.open("ab") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-        self.numbers |= {digest: len(self.numbers) + i for i, digest in enumerate(digests)}
-
-    def read(self, numbers: list[int]) -> Tensor:
-        """The features (n, N, L * C) of pictures by their numbers."""
-        count = prod(self.shape)
-        found = [np.fromfile(self._features, np.float16, count, offset=number * self._size) for number in numbers]
-        return torch.from_numpy(np.stack(found)).view(-1, *self.shape)
-
-    @property
-    def _size(self) -> int:
-        return 2 * prod(self.shape)
-
-    @property
-    def _features(self) -> Path:
-        return self.folder / "features.float16"
-
-    @property
-    def _digests(self) -> Path:
-        return self.folder / "pictures.txt"
-
-
-def cached_rows(rows: Any, model: nn.Module, folder: str | Path, *, batch_size: int = 32) -> CachedRows:
+def cached_rows(
+    rows: Any,
+    model: nn.Module,
+    folder: str | Path,
+    arguments: TrainingArguments,
+    identity: Identity,
+    *,
+    besides: int = 0,
+    batch_size: int = 32,
+) -> CachedRows:
     """``rows`` with features of the model's tower in place of pictures; those that are not in the cache are made now.
 
     Several data sets may share a folder: a picture is known by its pixels, as the processor made them, and its features
-    lie under the digest of the tower, so that another tower, layer or size of pictures never finds them. In distributed
-    training the first process of each machine fills the cache, and the others wait.
+    lie under the digest of the tower, so that another tower, layer or size of pictures never finds them. Rows that were
+    cached to their end, by their identity, are found again without opening a picture.
+
+    In distributed training the process that writes the output fills the cache: the first of all, or that of each
+    machine with ``save_on_each_node``. Others only read, and wait as long as it takes, beyond ``ddp_timeout``.
 
     Args:
         rows: A data set of rows by number, with the pictures (n, 3, H, W) of a row under `PICTURES`, if it has any.
-            Each is opened once.
-        model: A supported host, or what wraps one.
-        folder: Of the cache.
+        model: A supported host, or what wraps one. Its tower fills the cache on the device that is trained on.
+        folder: Of the cache, which all machines see, unless each fills its own.
+        arguments: Of the stage.
+        identity: Of ``rows``.
+        besides: Bytes that the disk needs room for beside features.
         batch_size: Pictures that go through the tower together.
 
     Raises:
         ValueError: the model cannot train on features, see `cached_tower`, or they do not fit into float16.
+        OSError: the disk has no room for the features of pictures, before one is made. Texts, some kilobytes a row,
+            are not counted.
+        FileNotFoundError: another process filled a cache that this one does not see.
     """
     host, shape = _cacheable(model)
-    with PartialState().local_main_process_first():
-        features = FeatureFile(Path(folder) / tower_digest(host), shape)
-        found: list[tuple[dict[str, Any], list[str]]] = []
-        waiting: dict[str, Tensor] = {}
-        for index in range(len(rows)):
-            row = dict(rows[index])
-            pictures = row.pop(PICTURES, ())
-            digests = [hashlib.sha1(picture.numpy().tobytes()).hexdigest() for picture in pictures]
-            found.append((row, digests))
-            by_digest = zip(digests, pictures, strict=True)
-            waiting |= {digest: picture for digest, picture in by_digest if digest not in features.numbers}
-            if len(waiting) >= batch_size or (waiting and index == len(rows) - 1):
-                features.append(list(waiting), tower_features(host, torch.stack(list(waiting.values()))))
-                waiting = {}
-    return CachedRows(
-        rows, [(row, [features.numbers[digest] for digest in digests]) for row, digests in found], features
-    )
+    features = FeatureFile(Path(folder) / tower_digest(host), shape)
+    kept = features.folder / identity.digest
+    with _all_waiting() as still_at_work:
+        if arguments.should_save and not kept.is_dir():
+            tower = adapter_for(host.config).tower(host)
+            with whole_folder(kept) as partial, _moved(tower, arguments.device):
+                write_rows(partial, _numbered(rows, host, features, identity, besides, batch_size, still_at_work))
+                (partial / _SKIPPED).write_text(str(getattr(rows, "skipped", 0)), encoding="ascii")
+    if not kept.is_dir():
+        raise FileNotFoundError(
+            f"the process that writes the output filled the cache, but here is no {kept}; put the output where all "
+            "machines see it, or set save_on_each_node; rows and pictures must not change meanwhile"
+        )
+    return CachedRows(rows, kept, features)
+
+
+def _numbered(
+    rows: Any,
+    host: PreTrainedModel,
+    features: FeatureFile,
+    identity: Identity,
+    besides: int,
+    batch_size: int,
+    still_at_work: Callable[[], None],
+) -> Iterator[dict[str, Any]]:
+    """Every row with the numbers of its pictures, whose features are in the file when the last row is out."""
+    numbers = features.repaired()
+    seen: set[int] = set()
+    waiting: dict[str, Tensor] = {}
+    room = False
+    for index in range(len(rows)):
+        still_at_work()
+        row = dict(rows[index])
+        pictures = row.pop(PICTURES, ())
+        digests = [hashlib.sha1(picture.numpy().tobytes()).hexdigest() for picture in pictures]
+        for digest, picture in zip(digests, pictures, strict=True):
+            if digest not in numbers:
+                if not room:  # once, for all that may be new
+                    require_room(
+                        features.folder,
+                        (identity.pictures - len(seen)) * features.size + besides,
+                        f"features of up to {identity.pictures - len(seen)} pictures, checkpoints and model take",
+                    )
+                    room = True
+                numbers[digest], waiting[digest] = len(numbers), picture
+            seen.add(numbers[digest])
+        if len(waiting) >= batch_size:
+            features.append(list(waiting), tower_features(host, torch.stack(list(waiting.values()))))
+            waiting = {}
+        yield {**row, PICTURES: [numbers[digest] for digest in digests]}
+    if waiting:
+        features.append(list(waiting), tower_features(host, torch.stack(list(waiting.values()))))
+
+
+@contextmanager
+def _all_waiting() -> Iterator[Callable[[], None]]:
+    """Nobody goes on behind the block before all have left it.
+
+    A process with long work in it calls the function that it gets, again and again, lest the others' waiting be taken
+    for a hang: whatever they wait for together ends in `_SIGN_OF_LIFE`, far below any timeout.
+    """
+    device, last = PartialState().device, time.monotonic()
+
+    def busy(at_work: bool) -> bool:
+        return bool(reduce(torch.tensor(float(at_work), device=device)) > 0)
+
+    def still_at_work() -> None:
+        nonlocal last
+        if time.monotonic() - last >= _SIGN_OF_LIFE:
+            busy(True)
+            last = time.monotonic()
+
+    yield still_at_work
+    while busy(False):
+        pass
+
+
+@contextmanager
+def _moved(tower: nn.Module, device: torch.device) -> Iterator[None]:
+    """The tower on ``device``, on which the Trainer puts a model only when its rows are there."""
+    before = next(tower.parameters()).device
+    if before != device:
+        tower.to(device)
+    try:
+        yield
+    finally:
+        if before != device:
+            tower.to(before)
 
 
 @contextmanager

@@ -21,14 +21,23 @@ def train_only(model: PreTrainedModel, names: Sequence[str]) -> None:
     Raises:
         ValueError: a name that is neither a part nor a submodule.
     """
+    learns = {id(parameter) for parameter in learning(model, names)}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in learns)
+
+
+def learning(model: PreTrainedModel, names: Sequence[str]) -> list[nn.Parameter]:
+    """The parameters that `train_only` leaves to learn; as there, but nothing is frozen."""
     adapter, known = adapter_for(model.config), {name for name, _ in model.named_modules()}
     idle = adapter.idle(model.config)  # in which a process of several would wait for gradients that never come
     if unknown := [name for name in names if name not in PARTS and name not in known]:
         raise ValueError(f"trains: {', '.join(unknown)} is no submodule of the model, and no part: {', '.join(PARTS)}")
+    found = []
     for name, parameter in model.named_parameters():
         asked = adapter.part_of(name) in names or any(inside(name, other) for other in (*names, SLOTS))
-        learns = asked and not any(inside(name, other) for other in idle)
-        parameter.requires_grad_(learns and parameter.is_floating_point())
+        if asked and parameter.is_floating_point() and not any(inside(name, other) for other in idle):
+            found.append(parameter)
+    return found
 
 
 def parameter_groups(

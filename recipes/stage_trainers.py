@@ -16,6 +16,7 @@ from mllm_vision.eval.tasks.scenes import Scenes
 from mllm_vision.host import adapter_for, find_host, without_peft
 from mllm_vision.recipes.cached_tower import cached_rows, cached_tower
 from mllm_vision.recipes.data import ChatCollator, ModalityLengthSampler, RowEncoder, StreamedRows, training_rows
+from mllm_vision.recipes.disk import bytes_in, bytes_to_save
 from mllm_vision.recipes.object_words import PATCHES, ObjectWords, PhotoPatches, nouns_of, photo_patch_batch
 from mllm_vision.recipes.objectives import (
     HITS,
@@ -28,6 +29,7 @@ from mllm_vision.recipes.objectives import (
     token_side,
 )
 from mllm_vision.recipes.recipe import Recipe
+from mllm_vision.recipes.row_identity import identity_of
 from mllm_vision.recipes.stages import (
     FEATURES,
     AnswersStage,
@@ -98,8 +100,8 @@ def object_words_trainer(
         arguments,
         stage=stage,
         data_collator=photo_patch_batch,
-        train_dataset=_cached(stage, rows, plan, model),
-        eval_dataset=_cached(stage, held_out, plan, model),
+        train_dataset=_cached(stage, rows, plan, model, arguments),
+        eval_dataset=_cached(stage, held_out, plan, model, arguments),
         compute_metrics=partial(_share_right, PATCHES),
     )
 
@@ -156,8 +158,8 @@ def conversations_trainer(
         stage=stage,
         sampler=sampler,
         data_collator=ChatCollator(processor, pack=stage.pack, dtype=find_host(model).dtype, blank_image=blank),
-        train_dataset=_cached(stage, rows, plan, model),
-        eval_dataset=None if held_out is None else _cached(stage, held_out, plan, model),
+        train_dataset=_cached(stage, rows, plan, model, arguments),
+        eval_dataset=None if held_out is None else _cached(stage, held_out, plan, model, arguments),
         processing_class=processor,
     )
 
@@ -167,9 +169,12 @@ def _scenes(arguments: TrainingArguments) -> int:
     return arguments.max_steps * rows_a_step(arguments)
 
 
-def _cached(stage: FilesStage, rows: Any, plan: Recipe, model: PreTrainedModel) -> Any:
+def _cached(stage: FilesStage, rows: Any, plan: Recipe, model: PreTrainedModel, arguments: TrainingArguments) -> Any:
     """``rows``, with features of the tower in place of pictures where the stage wants it; all stages share them."""
-    return cached_rows(rows, model, Path(plan.output) / FEATURES) if stage.cache_tower else rows
+    if not stage.cache_tower:
+        return rows
+    saves = bytes_to_save(model, arguments, max(arguments.max_steps, 1)) - bytes_in(Path(arguments.output_dir))
+    return cached_rows(rows, model, Path(plan.output) / FEATURES, arguments, identity_of(rows), besides=saves)
 
 
 def cached_features_allowed(stage: Stage, model: nn.Module) -> AbstractContextManager[None]:

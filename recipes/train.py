@@ -43,7 +43,7 @@ from mllm_vision.folders import whole_folder
 from mllm_vision.host import SLOTS, adapter_for, inside
 from mllm_vision.photos.export import OBJECTS
 from mllm_vision.recipes.checkpoints import checkpoints_of, drop_broken, latest_checkpoint
-from mllm_vision.recipes.disk import require_room
+from mllm_vision.recipes.disk import bytes_ahead, bytes_in, bytes_of, bytes_to_save, require_room
 from mllm_vision.recipes.lora import lora_modules, with_lora
 from mllm_vision.recipes.parameters import train_only
 from mllm_vision.recipes.publish import STAGE_RECORD, publish
@@ -60,6 +60,7 @@ from mllm_vision.slots import Slots
 _RECORD = "recipe.yaml"
 _VERSION = 1
 """Of the record; a recipe that a person writes has none."""
+_SAVED = "checkpoints and models take"
 _PUBLISHED = ("publish_dtype", "publish_rank", "task", "data", "about", "card", "note", "overwrite")
 """Fields of a recipe that no weight depends on: what is done with the last stage's."""
 
@@ -79,7 +80,8 @@ def train(recipe: str | Path, overrides: Sequence[str] = ()) -> Path:
         FileExistsError: The output holds a finished run, a run of another recipe, or something that is no run.
         FileNotFoundError: Data of a stage still to be trained that are not there.
         FloatingPointError: A loss that is no number.
-        OSError: The output cannot be written to, or has no room for what the run will save.
+        OSError: The output cannot be written to, or has no room for what the run will save, as far as
+            `mllm_vision.recipes.disk` can tell ahead.
     """
     plan = load_recipe(recipe, overrides)
     output = Path(plan.output)
@@ -100,7 +102,7 @@ def train(recipe: str | Path, overrides: Sequence[str] = ()) -> Path:
         if not done.is_dir():
             base = stages[-1] if stages and not _retrains_all(plan, stage) else source
             before = stages[-1] if stages else source
-            _run_stage(plan, stage, before, arguments[stage.name], done, _base_name(plan, stage, base))
+            _run_stage(plan, stage, before, arguments, done, _base_name(plan, stage, base))
             gc.collect()  # a trainer and its model hold each other; the next stage needs their memory
         stages.append(done)
     command = shlex.join(["mllm-vision", "train", str(recipe), *overrides])
@@ -234,8 +236,10 @@ def beginning(plan: Recipe, output: Path) -> str | Path:
             model, processor = assemble(**vars(plan.model))
         else:
             model, processor = with_uhd_tower(plan.model, plan.side)
+        model = model.to(dtype)
+        require_room(output, bytes_of(model), "the model that the run begins with takes")
         with whole_folder(base) as partial:
-            model.to(dtype).save_pretrained(partial)
+            model.save_pretrained(partial)
             processor.save_pretrained(partial)
     return base
 
@@ -270,16 +274,24 @@ def prepared(
 
 
 def _run_stage(
-    plan: Recipe, stage: Stage, source: str | Path, arguments: TrainingArguments, done: Path, base: str
+    plan: Recipe, stage: Stage, source: str | Path, told: dict[str, TrainingArguments], done: Path, base: str
 ) -> None:
     """Train one stage and leave its model in `done`, which appears only when all of it is written.
 
     Args:
         source: What to go on from.
+        told: The arguments of all stages, by name.
         base: What an adapter of this stage belongs on.
     """
+    arguments = told[stage.name]
     model, trained, processor = prepared(plan, stage, source, arguments)
     checkpoints, partial = checkpoints_of(done), done.with_name(f"{done.name}.partial")
+    if arguments.should_save:
+        needed = bytes_to_save(trained, arguments, max(arguments.max_steps, 1))
+        if later := plan.stages[plan.stages.index(stage) + 1 :]:
+            ahead = bytes_ahead(model, [(other, told[other.name]) for other in later])
+            needed = max(needed, bytes_of(model) + ahead)
+        require_room(checkpoints, needed - bytes_in(checkpoints), _SAVED)
     trainer = trainer_for(stage, plan, trained, processor, arguments)
     trainer.add_callback(JSONLog(done.with_name(f"{stage.name}.log.jsonl")))
     for callback in trainer.callback_handler.callbacks:
@@ -290,7 +302,8 @@ def _run_stage(
     if arguments.should_save:
         shutil.rmtree(partial, ignore_errors=True)
         drop_broken(checkpoints)
-        require_room(checkpoints, trained, arguments, steps_of(trainer))
+        needed = bytes_to_save(trained, arguments, steps_of(trainer))
+        require_room(checkpoints, needed - bytes_in(checkpoints), _SAVED)
     learning = sum(parameter.numel() for parameter in trained.parameters() if parameter.requires_grad)
     title = f"Stage {stage.name}: {steps_of(trainer)} steps, {learning / 1e6:.1f} million parameters learn"
     trainer.accelerator.print(title, file=sys.stderr)

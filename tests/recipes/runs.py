@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
@@ -120,3 +121,16 @@ def break_the_loss(rank):
         return loss * float("nan") if rank == 1 and self.state.global_step == 2 else loss
 
     RecipeTrainer.compute_loss = broken
+
+
+def keep_from_cache_and_pictures(rank):
+    """Have the second process fail where it would write to the cache of features or open a picture."""
+
+    def watched(event, args):
+        if event == "open" and rank == 1:
+            path, _, flags = args
+            writes = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+            if ("/features/" in str(path) and writes) or "/images/" in str(path):
+                raise RuntimeError(f"the second process opened {path}")
+
+    sys.addaudithook(watched)

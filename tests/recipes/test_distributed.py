@@ -16,6 +16,7 @@ from tests.recipes.processes import run
 from tests.recipes.runs import (
     break_the_loss,
     in_stages,
+    keep_from_cache_and_pictures,
     kill_after_three_steps,
     kill_shards_after_three_steps,
     logged,
@@ -53,8 +54,9 @@ def assert_learns_the_same(output, expected):
     for stage, rows in logged(expected).items():
         got = logged(output)[stage]
         assert [row["step"] for row in got] == [row["step"] for row in rows], "the log is written once"
-        for key in ("loss", "grad_norm"):
-            torch.testing.assert_close([row[key] for row in got], [row[key] for row in rows], atol=1e-5, rtol=1e-4)
+        for key in ("loss", "grad_norm", "eval_loss"):
+            found, wanted = ([row[key] for row in each if key in row] for each in (got, rows))
+            torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
     weights = saved(output / "model")
     for name, value in saved(expected / "model").items():
         torch.testing.assert_close(weights[name], value, atol=1e-3, rtol=1e-3)
@@ -69,6 +71,28 @@ def test_two_processes_learn_what_one_learns_and_write_it_once(recipe, alone, tm
     scores = [json.loads((folder / "model" / "scores.json").read_text())["scores"] for folder in (output, alone)]
     assert scores[0] == scores[1]
     assert sorted(path.name for path in output.iterdir()) == sorted(path.name for path in alone.iterdir())
+
+
+def test_one_of_two_processes_fills_the_cache_of_features(recipe, tmp_path):
+    plan = json.loads(recipe.read_text())
+    source = plan["stages"][0]["data"][0]
+    held_out = [{**source, "limit": 4, "weight": 1.0}]
+    stage = {**plan["stages"][0], "trains": ["projector"], "cache_tower": True, "validation": held_out}
+    cached = tmp_path / "cached.yaml"
+    cached.write_text(json.dumps({**plan, "stages": [stage]}))
+    evaluates = ("eval_strategy=steps", "eval_steps=2", "per_device_eval_batch_size=4")
+    said = [*NO_DROPOUT[1:], *(f"stages.all.arguments.{setting}" for setting in ("logging_steps=1", *evaluates))]
+    train(cached, [f"output={tmp_path / 'one'}", *said])
+    halves = [f"stages.all.arguments.per_device_{rows}_batch_size=2" for rows in ("train", "eval")]
+    two = [f"output={tmp_path / 'two'}", *said, *halves]
+    ended = run(cached, two, processes=2, prepare=keep_from_cache_and_pictures)
+    assert [process.error for process in ended] == ["", ""]
+    assert_learns_the_same(tmp_path / "two", tmp_path / "one")
+    kept = []
+    for output in (tmp_path / "one", tmp_path / "two"):
+        files = (path for path in (output / "features").rglob("*") if path.is_file())
+        kept.append({str(path.relative_to(output)): path.read_bytes() for path in files})
+    assert kept[0] == kept[1] and any(kept[0].values())
 
 
 def test_gradients_of_two_half_batches_are_those_of_one(recipe, alone, tmp_path):

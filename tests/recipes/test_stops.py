@@ -1,7 +1,6 @@
 """What cannot go well stops a run, before it begins where that can be known, and says what to do."""
 
 import json
-import shutil
 import sys
 from types import SimpleNamespace
 
@@ -12,7 +11,8 @@ from transformers.integrations import integration_utils
 
 import mllm_vision.recipes.disk as disk_module
 import mllm_vision.recipes.train as train_module
-from mllm_vision.recipes.disk import bytes_to_save, require_room
+from mllm_vision.recipes.disk import bytes_ahead, bytes_in, bytes_to_save
+from mllm_vision.recipes.recipe import load_recipe
 from mllm_vision.recipes.train import train
 from mllm_vision.recipes.trainer import RecipeTrainer
 from tests.recipes.runs import in_stages, logged, saved, write_recipe
@@ -47,41 +47,93 @@ def test_an_output_that_cannot_be_written_is_found_before_anything_loads(recipe,
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_a_full_disk_is_found_before_training(recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(RecipeTrainer, "train", stop)
+def test_a_full_disk_is_found_before_the_model_that_a_run_begins_with_is_written(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(disk_module.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
-    with pytest.raises(OSError, match=r"has 0.0 GB free, but .* choose another output, or keep fewer checkpoints"):
+    with pytest.raises(OSError, match=r"has 0.0 GB free, but the model that the run begins with takes up to 0.0 GB"):
         train(recipe, [f"output={tmp_path / 'run'}"])
+    assert not (tmp_path / "run" / "base").exists()
 
 
-def test_what_a_run_saves_was_foreseen(recipe, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("late", "settings"),
+    [("trainer_for", []), ("beginning", ["stages.all.arguments.max_steps=-1"])],
+    ids=["before rows are read", "when they are known"],
+)
+def test_a_stage_wants_room_for_what_is_not_there_yet(recipe, tmp_path, monkeypatch, late, settings):
     """Checkpoints at the end of a stage are those that stay; while one is written, there is one more."""
-    foreseen = []
+    saved_at_most, output = [], tmp_path / "run"
+    wide = ["model.text.hidden_size=128", "model.text.intermediate_size=512", *settings]
+    said = [f"output={output}", *wide, *in_stages("save_total_limit=2", "save_steps=1")]
 
-    def noted(folder, model, arguments, steps):
-        foreseen.append((bytes_to_save(model, arguments, steps), model, arguments))
+    def noted(model, arguments, steps):
+        saved_at_most.append(bytes_to_save(model, arguments, steps))
+        return saved_at_most[-1]
+
+    monkeypatch.setattr(train_module, "bytes_to_save", noted)
+    monkeypatch.setattr(train_module, "_save", stop)
+    with pytest.raises(Stopped):
+        train(recipe, said)
+    written = bytes_in(output / "all.checkpoints")
+    most = max(saved_at_most)
+    assert written == pytest.approx(most * 2 / 3, rel=0.1)
+    if late == "trainer_for":
+        monkeypatch.setattr(train_module, "trainer_for", stop)
+    monkeypatch.setattr(disk_module.shutil, "disk_usage", lambda folder: SimpleNamespace(free=most - written - 1))
+    with pytest.raises(OSError, match=r"GB free, but checkpoints and models take .* or keep fewer checkpoints"):
+        train(recipe, said)
+    monkeypatch.setattr(disk_module.shutil, "disk_usage", lambda folder: SimpleNamespace(free=most - written))
+    with pytest.raises(Stopped):
+        train(recipe, said)
+
+
+def test_room_for_the_last_stage_is_wanted_before_the_first_begins(recipe, tmp_path, monkeypatch):
+    plan = json.loads(recipe.read_text())
+    stages = [{**plan["stages"][0], "name": name} for name in ("one", "two", "three")]
+    many = tmp_path / "many.yaml"
+    many.write_text(json.dumps({**plan, "stages": stages}))
+    wanted = []
+
+    def noted(folder, needed, what):
+        wanted.append((folder.name, needed))
+        if "checkpoints" in folder.name:
+            raise Stopped
 
     monkeypatch.setattr(train_module, "require_room", noted)
-    monkeypatch.setattr(train_module, "_save", stop)
-    wide = ["model.text.hidden_size=128", "model.text.intermediate_size=512"]
     with pytest.raises(Stopped):
-        train(recipe, [f"output={tmp_path / 'run'}", *wide, *in_stages("save_total_limit=2", "save_steps=1")])
-    checkpoints = tmp_path / "run" / "all.checkpoints"
-    written = sum(path.stat().st_size for path in checkpoints.rglob("*") if path.is_file())
-    ((most, model, arguments),) = foreseen
-    assert written == pytest.approx(most * 2 / 3, rel=0.1)
-    # A run that goes on needs room for what is not there yet.
-    free = most - written
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
-    require_room(checkpoints, model, arguments, 4)
-    free -= 1
-    with pytest.raises(OSError, match="GB free"):
-        require_room(checkpoints, model, arguments, 4)
+        train(many, [f"output={tmp_path / 'all'}"])
+    (_, base), (folder, needed) = wanted
+    assert folder == "one.checkpoints" and base == pytest.approx(bytes_in(tmp_path / "all" / "base"), rel=0.1)
+    # Results of two stages, and a checkpoint of the third, with two moments of what learns, while the next is written.
+    assert needed == pytest.approx(base * (1 + 1 + 2 * 3), rel=0.06)
+
+
+def test_room_ahead_is_what_each_stage_wants_when_it_comes(recipe, tmp_path):
+    plan = load_recipe(recipe, [f"output={tmp_path}", *in_stages("bf16=true")])
+    arguments = [train_module.training_arguments(plan, stage) for stage in plan.stages]
+    source = train_module.beginning(plan, tmp_path)
+    found = []
+    for stage, told in zip(plan.stages, arguments, strict=True):
+        model, trained, _ = train_module.prepared(plan, stage, source, told)
+        found.append(bytes_to_save(trained, told, 4))
+    model, _, _ = train_module.prepared(plan, plan.stages[0], source, arguments[0])
+    pairs = list(zip(plan.stages, arguments, strict=True))
+    assert bytes_ahead(model, pairs[:1]) == found[0]
+    lora = bytes_ahead(model, pairs[1:])
+    assert 0 < lora < found[1], "of LoRA, its low-rank weights are not counted"
+    assert bytes_ahead(model, pairs) == max(found[0], disk_module.bytes_of(model) + lora)
+    assert bytes_ahead(model, [pairs[0]] * 2) == disk_module.bytes_of(model) + found[0]
 
 
 @pytest.mark.parametrize(
     ("limit", "every", "strategy", "checkpoints"),
-    [(1, 10, "steps", 2), (None, 10, "steps", 11), (3, 10, "steps", 4), (5, 60, "steps", 3), (None, 0.5, "steps", 3)],
+    [
+        (1, 10, "steps", 2),
+        (None, 10, "steps", 11),
+        (3, 10, "steps", 4),
+        (5, 60, "steps", 3),
+        (None, 0.5, "steps", 3),
+        (None, 0, "steps", 2),
+    ],
 )
 def test_room_is_for_the_checkpoints_that_stay_and_the_next(tmp_path, limit, every, strategy, checkpoints):
     model = torch.nn.Linear(9, 1)  # 10 weights: 40 bytes, and 80 of moments
