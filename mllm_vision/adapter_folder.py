@@ -151,7 +151,12 @@ def adapter_folder(name: str | Path, **hub: Any) -> Path | None:
 
     Args:
         hub: How to get it, as for `from_pretrained`: revision, token, cache_dir, local_files_only, subfolder.
+
+    Raises:
+        FileNotFoundError: ``name`` can be that of a folder alone, and there is none.
     """
+    if _no_hub_id(str(name)) and not Path(name).is_dir():
+        raise FileNotFoundError(f"there is no folder {name}")
     config = find_adapter_config_file(str(name), **hub)
     found = partial(cached_file, str(name), _raise_exceptions_for_missing_entries=False, **hub)
     if config is None or found("config.json") is not None:  # a whole model may have an adapter in its folder
@@ -211,6 +216,11 @@ def attach(model: PreTrainedModel, folder: str | Path, is_trainable: bool = Fals
         )
     attached.trained_on = base
     return attached
+
+
+def _no_hub_id(name: str) -> bool:
+    """Whether it begins as a path does, or has more than the two parts of a hub id."""
+    return name.startswith(("/", ".", "~")) or len(Path(name).parts) > 2
 
 
 def _readable(host: nn.Module) -> list[tuple[str, Tensor]]:

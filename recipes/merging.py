@@ -26,7 +26,7 @@ def merge(
     in full precision, with which it was not trained: answers differ by what quantisation had changed.
 
     Args:
-        adapter: Folder or hub id of the adapter.
+        adapter: Folder or hub id of the adapter, or the name of one that comes with the library.
         out: Folder to write; there is either all of it or nothing.
         base: The model that it was trained on, if that is not where the adapter says.
         dtype: Of the weights, as for `from_pretrained`; "auto" is that of the base.
@@ -42,7 +42,7 @@ def merge(
     """
     out = Path(out)
     check_empty(out, overwrite)
-    folder = adapter_folder(adapter)
+    folder = adapter_folder(source_of(adapter))
     if folder is None:
         raise ValueError(f"{adapter} is no adapter: it has no adapter_config.json, or is a whole model")
     below = source_of(base or Base.read(folder).name)

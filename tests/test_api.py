@@ -204,3 +204,9 @@ def test_an_old_transformers_is_refused_with_the_remedy():
 def test_only_a_name_is_that_of_a_checkpoint_that_comes_along(name):
     assert mv.api.source_of(name) == name
     assert mv.api.source_of("tiny-llava-scenes") == mv.api.CHECKPOINTS / "tiny-llava-scenes"
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./pruned", "../pruned", "~/pruned", "runs/no_such_lora/model"])
+def test_a_folder_that_is_not_there_is_called_so(name):
+    with pytest.raises(FileNotFoundError, match=f"there is no folder {name}"):
+        mv.load(name)

@@ -94,6 +94,13 @@ def test_the_base_may_have_moved(checkpoint, tmp_path):
     assert AutoModelForImageTextToText.from_pretrained(tmp_path / "merged").dtype == torch.bfloat16
 
 
+def test_an_adapter_that_comes_along_is_merged_by_its_name(checkpoint, tmp_path, monkeypatch):
+    lora = trained(mv.load(checkpoint(LLAVA))[0], tmp_path / "bundled" / "mine", checkpoint(LLAVA))
+    monkeypatch.setattr(mv.api, "CHECKPOINTS", tmp_path / "bundled")
+    merge("mine", tmp_path / "merged")
+    same(LLAVA, lora, tmp_path / "merged")
+
+
 def test_what_is_no_adapter_is_refused(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="is no adapter"):
         merge(checkpoint(LLAVA), tmp_path / "merged")
