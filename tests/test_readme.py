@@ -1,4 +1,5 @@
-"""The README's Python blocks run, in order, as one script, and its tables are those of the result files."""
+"""The README's Python blocks run, in order, as one script; its tables, and those of docs/results.md, are those of the
+result files."""
 
 import json
 import re
@@ -16,6 +17,7 @@ import mllm_vision as mv
 from mllm_vision.cli import app
 
 README = Path(__file__).parent.parent / "README.md"
+DOCUMENTS = (README, README.parent / "docs" / "results.md")
 
 
 def test_python_blocks_run(tmp_path, monkeypatch, capsys):
@@ -57,6 +59,10 @@ def test_the_block_of_training_runs(tmp_path, monkeypatch):
 
 RESULTS = README.parent / "eval" / "results"
 CARD = README.parent / "mllm_vision" / "checkpoints" / "tiny-llava-scenes" / "scores.json"
+
+
+def told():
+    return "\n".join(document.read_text(encoding="utf-8") for document in DOCUMENTS)
 
 
 def read(path):
@@ -233,7 +239,7 @@ def family_rows():
 )
 def test_tables_are_those_of_the_result_files(rows):
     expected = "\n".join(rows())
-    assert expected in README.read_text(encoding="utf-8"), f"the README should say\n{expected}"
+    assert expected in told(), f"a document should say\n{expected}"
 
 
 def test_long_answers_are_those_of_the_result_file():
@@ -241,5 +247,19 @@ def test_long_answers_are_those_of_the_result_file():
     pooling, cropping = (
         [f"{row['ratios'][step]['median']:.3f} times" for step in ("encode", "decode")] for row in rows
     )
-    told = "pooling takes {} for encoding and {} for each further token, cropping {} and {}."
-    assert told.format(*pooling, *cropping) in README.read_text(encoding="utf-8")
+    sentence = "pooling takes {} for encoding and {} for each further token, cropping {} and {}."
+    assert sentence.format(*pooling, *cropping) in told()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+def test_what_is_linked_is_there(document):
+    text = document.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        place, _, section = target.partition("#")
+        if "://" in place:
+            continue
+        file = document.parent / place if place else document
+        assert file.exists(), target
+        if section:
+            headings = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            assert section in {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}, target
