@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import mllm_vision as mv
-from mllm_vision.eval.answers import Decoding, RowNoise, answer, inputs_for, prompt_for
+from mllm_vision.eval.answers import Decoding, RowNoise, answer, head_on_one_block, inputs_for, prompt_for
 from mllm_vision.eval.tasks.scenes import Scenes
 
 
@@ -102,3 +102,16 @@ def test_beams_are_those_of_generate(loaded, examples):
 def test_settings_that_make_no_sense_are_errors(settings, message):
     with pytest.raises(ValueError, match=message):
         Decoding(**settings)
+
+
+def test_the_head_gets_one_block_of_memory_and_nothing_stays_behind(loaded):
+    model, _ = loaded
+    head, seen = model.get_output_embeddings(), []
+    states = torch.randn(2, 5, model.config.text_config.hidden_size)[:, -1:]
+    assert not states.is_contiguous()
+    with torch.no_grad(), head_on_one_block(model):
+        watched = head.register_forward_hook(lambda _, inputs, out: seen.append(inputs[0]))
+        torch.testing.assert_close(head(states), states @ head.weight.T)
+        watched.remove()
+    assert seen[0].is_contiguous()
+    assert not head._forward_pre_hooks
