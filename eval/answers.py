@@ -163,8 +163,8 @@ def answer(
 def head_on_one_block(model: PreTrainedModel) -> Iterator[None]:
     """Inside the block, the head gets the states of a batch as one block of memory.
 
-    Of a prompt, `generate` wants the last position alone, a slice with gaps, which torch multiplies on a processor after
-    it has copied the head's weights for every row: half the time of an answer with a vocabulary of 49,152.
+    Of a prompt, `generate` wants the last position alone, a slice with gaps, which torch multiplies on a processor
+    after it has copied the head's weights for every row: half the time of an answer with a vocabulary of 49,152.
     """
     head = find_host(model).get_output_embeddings()
     hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
