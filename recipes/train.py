@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from peft import PeftModel
 from torch import nn
 from transformers import (
@@ -292,6 +293,8 @@ def _run_stage(
             ahead = bytes_ahead(model, [(other, told[other.name]) for other in later])
             needed = max(needed, bytes_of(model) + ahead)
         require_room(checkpoints, needed - bytes_in(checkpoints), _SAVED)
+    # Else accelerate holds on to what the stage before was told, and refuses another precision or DeepSpeed's settings.
+    AcceleratorState._reset_state()
     trainer = trainer_for(stage, plan, trained, processor, arguments)
     trainer.add_callback(JSONLog(done.with_name(f"{stage.name}.log.jsonl")))
     for callback in trainer.callback_handler.callbacks:
