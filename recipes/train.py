@@ -55,6 +55,7 @@ from mllm_vision.recipes.stages import BASE, MODEL, TENSORBOARD, ConversationsSt
 from mllm_vision.recipes.tiny_model import NewModelSpec, build_model, build_processor
 from mllm_vision.recipes.trainer import JSONLog, RecipeTrainer, rows_a_step, steps_of
 from mllm_vision.recipes.uhd_tower import with_uhd_tower
+from mllm_vision.recipes.zero import whole_weights
 from mllm_vision.registry import MethodConfig
 from mllm_vision.slots import Slots
 
@@ -94,9 +95,10 @@ def train(recipe: str | Path, overrides: Sequence[str] = ()) -> Path:
     if first.should_save:
         _claim(plan, output)
     set_seed(plan.seed)
-    with first.main_process_first():
-        source = beginning(plan, output)
-    _require_parts(plan, source)
+    with whole_weights():
+        with first.main_process_first():
+            source = beginning(plan, output)
+        _require_parts(plan, source)
     stages: list[Path] = []
     for stage in plan.stages:
         done = output / stage.name
@@ -107,7 +109,8 @@ def train(recipe: str | Path, overrides: Sequence[str] = ()) -> Path:
             gc.collect()  # a trainer and its model hold each other; the next stage needs their memory
         stages.append(done)
     command = shlex.join(["mllm-vision", "train", str(recipe), *overrides])
-    return publish(plan, Path(recipe).stem, command, stages, output / MODEL, first)
+    with whole_weights():
+        return publish(plan, Path(recipe).stem, command, stages, output / MODEL, first)
 
 
 def training_arguments(plan: Recipe, stage: Stage) -> TrainingArguments:
@@ -285,7 +288,8 @@ def _run_stage(
         base: What an adapter of this stage belongs on.
     """
     arguments = told[stage.name]
-    model, trained, processor = prepared(plan, stage, source, arguments)
+    with whole_weights():
+        model, trained, processor = prepared(plan, stage, source, arguments)
     checkpoints, partial = checkpoints_of(done), done.with_name(f"{done.name}.partial")
     if arguments.should_save:
         needed = bytes_to_save(trained, arguments, max(arguments.max_steps, 1))
