@@ -311,8 +311,8 @@ def _run_stage(
         drop_broken(checkpoints)
         needed = bytes_to_save(trained, arguments, steps_of(trainer))
         require_room(checkpoints, needed - bytes_in(checkpoints), _SAVED)
-    learning = sum(parameter.numel() for parameter in trained.parameters() if parameter.requires_grad)
-    title = f"Stage {stage.name}: {steps_of(trainer)} steps, {learning / 1e6:.1f} million parameters learn"
+    sizes = _sizes(trained)
+    title = f"Stage {stage.name}: {steps_of(trainer)} steps, {sizes['trained'] / 1e6:.1f} million parameters learn"
     trainer.accelerator.print(title, file=sys.stderr)
     started = time.monotonic()
     with cached_features_allowed(stage, trained):
@@ -327,7 +327,7 @@ def _run_stage(
             wandb.finish()  # else the next stage would go on in this one's run, its steps from 1 again
     _save(trainer, model, trained, processor, partial, base)
     if arguments.should_save:
-        record = _record(stage, trainer, trained, seconds)
+        record = _record(stage, trainer, sizes, seconds)
         (partial / STAGE_RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
         partial.rename(done)
         shutil.rmtree(checkpoints)
@@ -354,15 +354,20 @@ def _save(
         processor.save_pretrained(folder)
 
 
-def _record(stage: Stage, trainer: RecipeTrainer, trained: nn.Module, seconds: int | None) -> dict[str, Any]:
+def _sizes(trained: nn.Module) -> dict[str, int]:
+    """How many parameters learn and how many there are, before ZeRO-3 takes them apart and leaves none of them."""
+    learning = [parameter.numel() for parameter in trained.parameters() if parameter.requires_grad]
+    return {"trained": sum(learning), "parameters": sum(parameter.numel() for parameter in trained.parameters())}
+
+
+def _record(stage: Stage, trainer: RecipeTrainer, sizes: dict[str, int], seconds: int | None) -> dict[str, Any]:
     """What is told of a stage, in the model card and by studies; ``seconds`` is None where it was resumed."""
     return {
         "name": stage.name,
         "steps": trainer.state.global_step,
         "rows": trainer.state.global_step * rows_a_step(trainer.args),
         "skipped": getattr(trainer.train_dataset, "skipped", 0),
-        "trained": sum(parameter.numel() for parameter in trained.parameters() if parameter.requires_grad),
-        "parameters": sum(parameter.numel() for parameter in trained.parameters()),
+        **sizes,
         "seconds": seconds,
         "curve": _held_out_curve(trainer.state.log_history),
     }
