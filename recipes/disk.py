@@ -23,6 +23,8 @@ from mllm_vision.recipes.stages import Stage
 
 _MOMENTS = 8
 """Bytes an optimiser of the Adam kind saves for each trained parameter."""
+_MASTER = 4
+"""Bytes DeepSpeed saves besides for each trained parameter: a copy in single precision, which it steps."""
 
 
 def bytes_of(model: nn.Module) -> int:
@@ -89,8 +91,10 @@ def _most(weights: int, count: int, arguments: TrainingArguments, steps: int) ->
     """Most that a stage takes whose result has so many bytes, and which trains ``count`` parameters."""
     if arguments.save_strategy == "no":
         return 2 * weights
-    moments = 0 if arguments.save_only_model else _MOMENTS * count
+    state = 0 if arguments.save_only_model else _MOMENTS * count
+    if state and arguments.deepspeed_plugin is not None:
+        state += _MASTER * count + weights  # again, beside those that a person loads
     apart = arguments.save_steps if arguments.save_steps >= 1 else arguments.save_steps * steps  # a share of the steps
     saves = max(1, math.ceil(steps / apart)) if apart > 0 else 1  # every 0 steps: at the end alone
     kept = min(arguments.save_total_limit or steps, saves)
-    return max(2 * weights, (weights + moments) * (kept + 1))
+    return max(2 * weights, (weights + state) * (kept + 1))

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from peft import PeftModel
 from torch import nn
 from transformers import (
@@ -54,6 +55,7 @@ from mllm_vision.recipes.stages import BASE, MODEL, TENSORBOARD, ConversationsSt
 from mllm_vision.recipes.tiny_model import NewModelSpec, build_model, build_processor
 from mllm_vision.recipes.trainer import JSONLog, RecipeTrainer, rows_a_step, steps_of
 from mllm_vision.recipes.uhd_tower import with_uhd_tower
+from mllm_vision.recipes.zero import whole_weights
 from mllm_vision.registry import MethodConfig
 from mllm_vision.slots import Slots
 
@@ -93,9 +95,10 @@ def train(recipe: str | Path, overrides: Sequence[str] = ()) -> Path:
     if first.should_save:
         _claim(plan, output)
     set_seed(plan.seed)
-    with first.main_process_first():
-        source = beginning(plan, output)
-    _require_parts(plan, source)
+    with whole_weights():
+        with first.main_process_first():
+            source = beginning(plan, output)
+        _require_parts(plan, source)
     stages: list[Path] = []
     for stage in plan.stages:
         done = output / stage.name
@@ -106,7 +109,8 @@ def train(recipe: str | Path, overrides: Sequence[str] = ()) -> Path:
             gc.collect()  # a trainer and its model hold each other; the next stage needs their memory
         stages.append(done)
     command = shlex.join(["mllm-vision", "train", str(recipe), *overrides])
-    return publish(plan, Path(recipe).stem, command, stages, output / MODEL, first)
+    with whole_weights():
+        return publish(plan, Path(recipe).stem, command, stages, output / MODEL, first)
 
 
 def training_arguments(plan: Recipe, stage: Stage) -> TrainingArguments:
@@ -284,7 +288,8 @@ def _run_stage(
         base: What an adapter of this stage belongs on.
     """
     arguments = told[stage.name]
-    model, trained, processor = prepared(plan, stage, source, arguments)
+    with whole_weights():
+        model, trained, processor = prepared(plan, stage, source, arguments)
     checkpoints, partial = checkpoints_of(done), done.with_name(f"{done.name}.partial")
     if arguments.should_save:
         needed = bytes_to_save(trained, arguments, max(arguments.max_steps, 1))
@@ -292,6 +297,8 @@ def _run_stage(
             ahead = bytes_ahead(model, [(other, told[other.name]) for other in later])
             needed = max(needed, bytes_of(model) + ahead)
         require_room(checkpoints, needed - bytes_in(checkpoints), _SAVED)
+    # Else accelerate holds on to what the stage before was told, and refuses another precision or DeepSpeed's settings.
+    AcceleratorState._reset_state()
     trainer = trainer_for(stage, plan, trained, processor, arguments)
     trainer.add_callback(JSONLog(done.with_name(f"{stage.name}.log.jsonl")))
     for callback in trainer.callback_handler.callbacks:
@@ -304,8 +311,8 @@ def _run_stage(
         drop_broken(checkpoints)
         needed = bytes_to_save(trained, arguments, steps_of(trainer))
         require_room(checkpoints, needed - bytes_in(checkpoints), _SAVED)
-    learning = sum(parameter.numel() for parameter in trained.parameters() if parameter.requires_grad)
-    title = f"Stage {stage.name}: {steps_of(trainer)} steps, {learning / 1e6:.1f} million parameters learn"
+    sizes = _sizes(trained)
+    title = f"Stage {stage.name}: {steps_of(trainer)} steps, {sizes['trained'] / 1e6:.1f} million parameters learn"
     trainer.accelerator.print(title, file=sys.stderr)
     started = time.monotonic()
     with cached_features_allowed(stage, trained):
@@ -320,7 +327,7 @@ def _run_stage(
             wandb.finish()  # else the next stage would go on in this one's run, its steps from 1 again
     _save(trainer, model, trained, processor, partial, base)
     if arguments.should_save:
-        record = _record(stage, trainer, trained, seconds)
+        record = _record(stage, trainer, sizes, seconds)
         (partial / STAGE_RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
         partial.rename(done)
         shutil.rmtree(checkpoints)
@@ -347,15 +354,20 @@ def _save(
         processor.save_pretrained(folder)
 
 
-def _record(stage: Stage, trainer: RecipeTrainer, trained: nn.Module, seconds: int | None) -> dict[str, Any]:
+def _sizes(trained: nn.Module) -> dict[str, int]:
+    """How many parameters learn and how many there are, before ZeRO-3 takes them apart and leaves none of them."""
+    learning = [parameter.numel() for parameter in trained.parameters() if parameter.requires_grad]
+    return {"trained": sum(learning), "parameters": sum(parameter.numel() for parameter in trained.parameters())}
+
+
+def _record(stage: Stage, trainer: RecipeTrainer, sizes: dict[str, int], seconds: int | None) -> dict[str, Any]:
     """What is told of a stage, in the model card and by studies; ``seconds`` is None where it was resumed."""
     return {
         "name": stage.name,
         "steps": trainer.state.global_step,
         "rows": trainer.state.global_step * rows_a_step(trainer.args),
         "skipped": getattr(trainer.train_dataset, "skipped", 0),
-        "trained": sum(parameter.numel() for parameter in trained.parameters() if parameter.requires_grad),
-        "parameters": sum(parameter.numel() for parameter in trained.parameters()),
+        **sizes,
         "seconds": seconds,
         "curve": _held_out_curve(trainer.state.log_history),
     }

@@ -6,7 +6,7 @@ import signal
 import sys
 
 from accelerate.state import PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DeepSpeedPlugin, DistributedType
 from safetensors.torch import load_file
 
 from mllm_vision.recipes.trainer import RecipeTrainer
@@ -110,6 +110,35 @@ def shard_on_processors(rank):
 def kill_shards_after_three_steps(rank):
     shard_on_processors(rank)
     kill_after_three_steps(rank)
+
+
+def take_all_weights_apart(rank):
+    """Have ZeRO-3 share out small weights too, which it leaves whole, and of which the toy model is made."""
+    original = DeepSpeedPlugin.__post_init__
+
+    def all_apart(self):
+        original(self)
+        self.hf_ds_config.config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+
+    DeepSpeedPlugin.__post_init__ = all_apart
+
+
+def kill_apart_after_three_steps(rank):
+    take_all_weights_apart(rank)
+    kill_after_three_steps(rank)
+
+
+def break_the_gradient(rank):
+    """Have the third gradient of the second process alone be no number, though its loss is one."""
+    original = RecipeTrainer.compute_loss
+
+    def broken(self, *args, **kwargs):
+        loss = original(self, *args, **kwargs)
+        if rank == 1 and self.state.global_step == 2:
+            loss.register_hook(lambda gradient: gradient * float("nan"))
+        return loss
+
+    RecipeTrainer.compute_loss = broken
 
 
 def break_the_loss(rank):

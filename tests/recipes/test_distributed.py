@@ -1,4 +1,7 @@
-"""Several processes learn what one learns from the same rows, by copies of the model (DDP) or shares of it (FSDP)."""
+"""Several processes learn what one learns from the same rows, by copies of the model (DDP) or shares of it.
+
+Shares are those of FSDP and of DeepSpeed, whose tests run where it is installed.
+"""
 
 import json
 from importlib.resources import files
@@ -6,22 +9,28 @@ from importlib.resources import files
 import pytest
 import torch
 from accelerate.commands.config.config_args import ClusterConfig
-from accelerate.commands.launch import launch_command_parser
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env
+from transformers.integrations import deepspeed
 
 import mllm_vision as mv
 from mllm_vision.recipes.train import train
 from mllm_vision.recipes.trainer import layer_classes
+from mllm_vision.recipes.zero import whole_weights
 from tests.hosts import HOSTS
 from tests.recipes.processes import run
 from tests.recipes.runs import (
+    break_the_gradient,
     break_the_loss,
     in_stages,
     keep_from_cache_and_pictures,
     kill_after_three_steps,
+    kill_apart_after_three_steps,
     kill_shards_after_three_steps,
     logged,
     saved,
     shard_on_processors,
+    take_all_weights_apart,
     write_recipe,
 )
 
@@ -47,6 +56,16 @@ def alone(recipe, tmp_path_factory):
     output = tmp_path_factory.mktemp("run") / "alone"
     train(recipe, [f"output={output}", "task=scenes:questions=2:side=70", *NO_DROPOUT, *in_stages("logging_steps=1")])
     return output
+
+
+def launched_with(config):
+    """What `accelerate launch` tells processes by a configuration for DeepSpeed, on processors."""
+    told = ["--config_file", str(CONFIGS / config), "--num_processes", "2", "--main_process_port", "0", "script.py"]
+    args, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(told))
+    args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+    _, environment = prepare_deepspeed_cmd_env(args)
+    told = {name: value for name, value in environment.items() if name.startswith("ACCELERATE_")}
+    return {**told, "DS_ACCELERATOR": "cpu"}
 
 
 def assert_learns_the_same(output, expected):
@@ -138,6 +157,21 @@ def test_the_launch_configurations_are_ones_that_accelerate_reads():
         assert configs[f"deepspeed_zero{stage}.yaml"].deepspeed_config["zero_stage"] == stage
 
 
+def test_models_are_read_whole_where_zero_3_is_on():
+    class Config:
+        def is_zero3(self):
+            return True
+
+    config = Config()  # transformers holds no reference to it
+    deepspeed.set_hf_deepspeed_config(config)
+    try:
+        with whole_weights():
+            assert not deepspeed.is_deepspeed_zero3_enabled()
+        assert deepspeed.is_deepspeed_zero3_enabled()
+    finally:
+        deepspeed.unset_hf_deepspeed_config()
+
+
 @pytest.mark.slow
 def test_two_processes_share_a_stream(recipe, tmp_path):
     plan = json.loads(recipe.read_text())
@@ -175,3 +209,42 @@ def test_shares_of_a_model_learn_the_same_are_resumed_and_are_saved_whole(recipe
     assert_learns_the_same(output, alone)
     for folder in ("all", "model"):  # a whole model, and an adapter
         mv.load(output / folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_learns_the_same_is_resumed_and_saves_a_whole_model(recipe, alone, tmp_path, stage):
+    pytest.importorskip("deepspeed")
+    output = tmp_path / "run"
+    said = [f"output={output}", "task=scenes:questions=2:side=70", *NO_DROPOUT, *in_stages("logging_steps=1"), *HALF]
+    launched = {"processes": 2, "environment": launched_with(f"deepspeed_zero{stage}.yaml")}
+    assert -9 in {ended.code for ended in run(recipe, said, prepare=kill_apart_after_three_steps, **launched)}
+    kept = output / "all.checkpoints" / "checkpoint-2" / "global_step2"
+    assert (kept / "zero_pp_rank_1_mp_rank_00_model_states.pt").is_file() == (stage == 3), "weights were shared out"
+    assert (kept / "zero_pp_rank_1_mp_rank_00_optim_states.pt").is_file(), "the optimiser was"
+    ended = run(recipe, said, prepare=take_all_weights_apart, **launched)
+    assert [process.error for process in ended] == ["", ""]
+    assert_learns_the_same(output, alone)
+    for folder in ("all", "model"):  # a whole model, and an adapter
+        mv.load(output / folder)
+    found, expected = (json.loads((folder / "model" / "scores.json").read_text()) for folder in (output, alone))
+    assert found["scores"] == expected["scores"]
+    for key in ("trained", "parameters"):
+        assert [stage[key] for stage in found["stages"]] == [stage[key] for stage in expected["stages"]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("prepare", "said"),
+    [
+        (break_the_loss, "the loss of step 3 is nan; its rows are train-"),
+        (break_the_gradient, "the loss of step 3 is finite, but the norm of its gradient is "),
+    ],
+)
+def test_deepspeed_stops_before_what_is_no_number_is_saved(recipe, tmp_path, prepare, said):
+    pytest.importorskip("deepspeed")
+    told = [f"output={tmp_path / 'run'}", *HALF, *in_stages("save_steps=1")]
+    ended = run(recipe, told, processes=2, prepare=prepare, environment=launched_with("deepspeed_zero2.yaml"))
+    assert [process.code for process in ended] == [1, 1], "neither hangs"
+    assert all(process.error.startswith(f"FloatingPointError: {said}") for process in ended)
+    assert [path.name for path in (tmp_path / "run" / "all.checkpoints").glob("checkpoint-*")] == ["checkpoint-2"]

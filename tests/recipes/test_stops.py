@@ -141,6 +141,8 @@ def test_room_is_for_the_checkpoints_that_stay_and_the_next(tmp_path, limit, eve
         str(tmp_path), save_total_limit=limit, save_steps=every, save_strategy=strategy, use_cpu=True
     )
     assert bytes_to_save(model, arguments, 100) == checkpoints * 120
+    arguments.deepspeed_plugin = object()  # whose own checkpoint has the weights as well, and twice in single precision
+    assert bytes_to_save(model, arguments, 100) == checkpoints * (120 + 40 + 40)
 
 
 def test_a_loss_that_is_no_number_names_its_rows_and_the_mended_run_goes_on(recipe, tmp_path, monkeypatch):

@@ -302,6 +302,12 @@ def test_data_of_the_last_stage_are_looked_for_before_the_first_is_trained(tmp_p
     assert not (tmp_path / "run").exists()
 
 
+def test_stages_of_one_run_differ_in_precision(tmp_path):
+    short = [f"stages.{stage}.arguments.max_steps=1" for stage in ("all", "lora")]
+    said = [f"output={tmp_path / 'run'}", "stages.lora.arguments.bf16=true", *short]
+    assert train(write_recipe(tmp_path), said).is_dir()
+
+
 def test_the_card_of_an_adapter_imports_what_it_uses():
     code = ast.parse(publish_module._USE_ADAPTER.removeprefix("```python").strip().removesuffix("```"))
     assert {name.asname or name.name for node in code.body for name in getattr(node, "names", [])} == {"mv"}
