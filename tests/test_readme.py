@@ -189,17 +189,18 @@ def photo_learning_rows():
 
 
 def photo_rows():
-    """Plain decoding at every budget, and what DAMRO changes of it."""
+    """F1 of existence under plain decoding at every budget, what is lost of it, what DAMRO changes, and the headline."""
     record = read(RESULTS / "dino_smollm2" / "sweep.json")
-    group, name = record["task"]["headline"]
+    (existence, f1), (group, name) = ("existence_random", "f1"), record["task"]["headline"]
     plain = [point for point in record["points"] if point["decoding"] is None]
     contrasted = [point for point in record["points"] if point["decoding"] is not None]
     for point, other in zip(plain, contrasted, strict=True):
         keep = "" if point["keep"] is None else f" {Fraction(point['keep']).limit_denominator(9)}"
         cells = [
+            with_interval(point["scores"][existence][f1], ".3f"),
+            "" if point["keep"] is None else with_interval(point["differences"][existence][f1], "+.3f"),
+            with_interval(other["to_plain"][existence][f1], "+.3f"),
             with_interval(point["scores"][group][name], ".3f"),
-            "" if point["keep"] is None else with_interval(point["differences"][group][name], "+.3f"),
-            with_interval(other["to_plain"][group][name], "+.3f"),
         ]
         yield f"| {point['method']}{keep} | {point['tokens']:g} | {' | '.join(cells)} |"
 
@@ -233,6 +234,7 @@ def family_rows():
         *(partial(rows, "spatial_tokens") for rows in (study_rows, study_family_rows)),
         *(partial(rows, "progressive_compression") for rows in (reading_rows, study_rows, study_family_rows)),
         partial(reading_rows, "progressive_compression_longer"),
+        *(photo_learning_rows, photo_rows, partial(study_rows, "pruning_in_training"), training_cost_rows),
         partial(contrasted_rows, "existence", "existence_adversarial", "f1", "precision", "recall"),
         partial(contrasted_rows, "captions", "all", "chair_s", "chair_i", "recall"),
     ],
@@ -262,4 +264,5 @@ def test_what_is_linked_is_there(document):
         assert file.exists(), target
         if section:
             headings = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
-            assert section in {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}, target
+            anchors = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+            assert section in anchors, target
