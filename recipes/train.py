@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate.state import AcceleratorState
 from peft import PeftModel
 from torch import nn
 from transformers import (
@@ -287,7 +286,8 @@ def _run_stage(
         told: The arguments of all stages, by name.
         base: What an adapter of this stage belongs on.
     """
-    arguments = told[stage.name]
+    # Anew, by which accelerate forgets the stage before: it would refuse another precision, or DeepSpeed's settings.
+    arguments = training_arguments(plan, stage)
     with whole_weights():
         model, trained, processor = prepared(plan, stage, source, arguments)
     checkpoints, partial = checkpoints_of(done), done.with_name(f"{done.name}.partial")
@@ -297,8 +297,6 @@ def _run_stage(
             ahead = bytes_ahead(model, [(other, told[other.name]) for other in later])
             needed = max(needed, bytes_of(model) + ahead)
         require_room(checkpoints, needed - bytes_in(checkpoints), _SAVED)
-    # Else accelerate holds on to what the stage before was told, and refuses another precision or DeepSpeed's settings.
-    AcceleratorState._reset_state()
     trainer = trainer_for(stage, plan, trained, processor, arguments)
     trainer.add_callback(JSONLog(done.with_name(f"{stage.name}.log.jsonl")))
     for callback in trainer.callback_handler.callbacks:
