@@ -189,7 +189,7 @@ def photo_learning_rows():
 
 
 def photo_rows():
-    """F1 of existence under plain decoding at every budget, what is lost of it, what DAMRO changes, and the headline."""
+    """F1 of existence under plain decoding, what is lost of it, what DAMRO changes, and the headline."""
     record = read(RESULTS / "dino_smollm2" / "sweep.json")
     (existence, f1), (group, name) = ("existence_random", "f1"), record["task"]["headline"]
     plain = [point for point in record["points"] if point["decoding"] is None]
